@@ -1,0 +1,1 @@
+"""What is computed: pure PyTorch, importing nothing else of the project."""

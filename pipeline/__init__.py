@@ -1,0 +1,1 @@
+"""How models are trained: what runs under the deepspeed launcher."""

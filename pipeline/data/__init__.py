@@ -1,0 +1,1 @@
+"""Shards on disk, the order of samples, and the batches made of them."""

@@ -1,0 +1,310 @@
+"""From flags and files to one frozen dataclass, strictly.
+
+Every command and entry point describes what it takes as one frozen dataclass whose fields are made
+by `option`. `parse_command_line` turns argv into it, `load` turns any mapping into it, and both
+report *every* mistake at once, before any work, each naming the field, the value and the remedy.
+
+fire splits the command line but interprets nothing (`SetParseFn(str)`): left alone it would turn
+`1_000`, `None` and `a,b` into other types and pass `--resume=false` as a truthy string.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+T = TypeVar("T")
+_REQUIRED = dataclasses.MISSING
+
+
+class UserError(ValueError):
+    """A mistake of the user's: shown as one line naming field, value and remedy; exit code 2."""
+
+
+def option(
+    help: str,
+    default: Any = _REQUIRED,
+    *,
+    default_factory: Any = _REQUIRED,
+    metavar: str = "",
+    positional: bool = False,
+    minimum: float | None = None,
+) -> Any:
+    """A dataclass field with what `--help` and the checks need.
+
+    Args:
+        help: one line, with the unit.
+        default: value when the flag is absent; without it the flag is required.
+        metavar: what stands for the value in the help, such as FILE.
+        positional: also taken by position on the command line.
+        minimum: smallest value a number may have.
+    """
+    metadata = {"help": help, "metavar": metavar, "positional": positional, "minimum": minimum}
+    if default_factory is not _REQUIRED:
+        return dataclasses.field(default_factory=default_factory, metadata=metadata)
+    if default is not _REQUIRED:
+        return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(metadata=metadata)
+
+
+def load(cls: type[T], values: Mapping[str, object], *, source: str = "flags") -> T:
+    """Build `cls` from `values`, strictly.
+
+    Dotted keys (`model.num_layers`) and nested mappings both reach into mapping fields. A class may
+    define `problems(self) -> Iterable[str]` for what single fields cannot say.
+
+    Raises:
+        UserError: naming every unknown key, wrong type, missing field and impossible combination.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
+    problems: list[str] = []
+    nested: dict[str, object] = {}
+    for key, value in values.items():
+        head, _, rest = key.partition(".")
+        if rest and head in fields and _is_mapping(hints[head]):
+            inner = nested.setdefault(head, {})
+            if isinstance(inner, dict):
+                inner[rest] = value
+        elif key in fields and isinstance(nested.get(key), dict) and isinstance(value, Mapping):
+            nested[key] = {**value, **nested[key]}  # type: ignore[dict-item]
+        elif key in fields:
+            nested[key] = value
+        else:
+            close = difflib.get_close_matches(key, fields, n=1)
+            remedy = f"did you mean {close[0]}?" if close else "see --help for what there is"
+            problems.append(f"{key}={value!r}: not an option of {source}; {remedy}")
+    arguments: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name not in nested:
+            if field.default is _REQUIRED and field.default_factory is _REQUIRED:
+                kind = field.metadata.get("metavar") or "value"
+                problems.append(f"{name}: missing; give --{name} {kind}")
+            continue
+        try:
+            arguments[name] = convert(nested[name], hints[name])
+            minimum = field.metadata.get("minimum")
+            value = arguments[name]
+            if (
+                minimum is not None
+                and isinstance(value, (int, float))
+                and not isinstance(value, bool)
+                and not value >= minimum
+            ):
+                raise UserError(f"too small; give at least {minimum}")
+        except UserError as error:
+            problems.append(f"{name}={nested[name]!r}: {error}")
+    if not problems:
+        made = cls(**arguments)
+        check: Callable[[], Iterable[str]] | None = getattr(made, "problems", None)
+        problems.extend(check() if check is not None else ())
+        if not problems:
+            return made
+    raise UserError("; ".join(problems))
+
+
+def _is_mapping(hint: Any) -> bool:
+    return (get_origin(hint) or hint) in (dict, Mapping)
+
+
+def convert(value: object, hint: Any) -> Any:
+    """`value` as the type `hint`, without guessing.
+
+    Text (from a flag) is parsed; typed values (from YAML) are checked. Raises UserError.
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            if type(None) in arguments:
+                return None
+        else:
+            arguments = tuple(a for a in arguments if a is not type(None))
+        errors = []
+        for candidate in arguments:
+            try:
+                return convert(value, candidate)
+            except UserError as error:
+                errors.append(str(error))
+        raise UserError(errors[-1])
+    if origin is Literal:
+        if value in arguments:
+            return value
+        choices = ", ".join(str(a) for a in arguments)
+        raise UserError(f"not one of the choices; give one of: {choices}")
+    if origin in (tuple, list):
+        parts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(parts, (list, tuple)):
+            raise UserError("not a list; give values separated by commas")
+        return (tuple if origin is tuple else list)(convert(part, arguments[0]) for part in parts)
+    if _is_mapping(hint):
+        if isinstance(value, str):
+            pairs = [part.partition("=") for part in value.split(",") if part]
+            if not all(separator for _, separator, _ in pairs):
+                raise UserError("not a mapping; give name=value,name=value")
+            value = {key: text for key, _, text in pairs}
+        if not isinstance(value, Mapping):
+            raise UserError("not a mapping; give name: value pairs")
+        inner = arguments[1] if arguments else Any
+        return {str(key): convert(item, inner) for key, item in value.items()}
+    return _convert_scalar(value, hint)
+
+
+def _convert_scalar(value: object, hint: Any) -> Any:
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        raise UserError("not a truth value; give true or false")
+    if hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, str):
+            try:
+                return int(value)
+            except ValueError:
+                pass
+        raise UserError("not a whole number; give one such as 4096")
+    if hint is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, str):
+            # YAML 1.1 reads 1e-3 as text, so text is parsed here from wherever it came.
+            try:
+                return float(value)
+            except ValueError:
+                pass
+        raise UserError("not a number; give one such as 0.001")
+    if hint is str:
+        if isinstance(value, str):
+            return value
+        raise UserError("not text; put it in quotes")
+    raise TypeError(f"option type {hint!r} is not supported")
+
+
+def parse_command_line(cls: type[T], argv: Sequence[str], prog: str) -> T:
+    """`argv` (without the program's name) as `cls`.
+
+    `--help` prints what `cls` takes and exits with 0. Raises UserError for every mistake at once.
+    """
+    if any(word in ("--help", "-h") for word in argv):
+        print(help_text(cls, prog))
+        sys.exit(0)
+    values = split_flags(argv)
+    positional = [f.name for f in dataclasses.fields(cls) if f.metadata.get("positional")]  # type: ignore[arg-type]
+    words = values.pop("", [])
+    if len(words) > len(positional):
+        extra = words[len(positional) :]
+        raise UserError(
+            f"{' '.join(extra)}: stands without a flag; quote a glob so that the shell leaves it "
+            f"alone, and see {prog} --help"
+        )
+    for name, word in zip(positional, words, strict=False):
+        if name in values:
+            raise UserError(f"{name}={word!r}: given twice; keep one")
+        values[name] = word
+    return load(cls, values, source=prog)
+
+
+def split_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """`argv` as a mapping from flag to text; what stands without a flag is under ''."""
+    import fire
+
+    seen: set[str] = set()
+    for word in argv:
+        if word in ("-", "--"):
+            raise UserError(f"{word}: a lone dash means nothing here; remove it")
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].replace("-", "_")
+            if name in seen:
+                raise UserError(f"--{name}: given twice; keep one")
+            seen.add(name)
+    caught: dict[str, Any] = {}
+
+    @fire.decorators.SetParseFn(str)
+    def collect(*words: str, **flags: str) -> None:
+        caught.update(flags)
+        caught[""] = list(words)
+
+    fire.Fire(collect, command=_joined(argv), name="isoflop")
+    return caught
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """`--name value` as `--name=value`, so that a value may begin with a dash as in `--seed -1`."""
+    joined: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word.startswith("--") and "=" not in word:
+            takes_next = words and (not words[0].startswith("-") or _is_number(words[0]))
+            word = f"{word}={words.pop(0)}" if takes_next else f"{word}=true"
+        joined.append(word)
+    return joined
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def help_text(cls: type, prog: str) -> str:
+    """The help page of the command `prog` that takes `cls`."""
+    hints = typing.get_type_hints(cls)
+    fields = [field for field in dataclasses.fields(cls) if field.init]
+    usage = [prog]
+    for field in fields:
+        if field.metadata.get("positional"):
+            usage.append(_metavar(field, hints))
+        elif field.default is _REQUIRED and field.default_factory is _REQUIRED:
+            usage.append(f"--{field.name} {_metavar(field, hints)}")
+    usage.append("[--option VALUE …]")
+    lines = ["usage: " + " ".join(usage), "", inspect.cleandoc(cls.__doc__ or ""), "", "options:"]
+    for field in fields:
+        lines.append(f"  --{field.name} {_metavar(field, hints)}")
+        text = field.metadata.get("help", "")
+        default = field.default
+        if default is not _REQUIRED and default is not None and default != "":
+            text += f" (default: {str(default).lower() if isinstance(default, bool) else default})"
+        lines += textwrap.wrap(text, 92, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+def _metavar(field: dataclasses.Field[Any], hints: Mapping[str, Any]) -> str:
+    if field.metadata.get("metavar"):
+        return str(field.metadata["metavar"])
+    hint = hints[field.name]
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(a for a in get_args(hint) if a is not type(None))
+    if get_origin(hint) is Literal:
+        return "|".join(str(a) for a in get_args(hint))
+    if _is_mapping(hint):
+        return "NAME=VALUE,…"
+    return {int: "N", float: "X", bool: "true|false"}.get(hint, "TEXT")
+
+
+def run_as_program(main: Callable[[], None]) -> None:
+    """Run `main`; a user's mistake becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)

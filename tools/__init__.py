@@ -1,0 +1,1 @@
+"""What runs before and after training, on CPUs: the `isoflop` command."""

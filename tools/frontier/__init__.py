@@ -1,0 +1,1 @@
+"""From run folders to compute-optimal frontiers: points, fits, figure, report."""
