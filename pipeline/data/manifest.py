@@ -1,0 +1,193 @@
+"""`DIR/manifest.json`: what a shard folder holds, written last, so that its presence means done.
+
+One dataclass per thing counted; the fingerprint is the SHA-256 over all of it, so that a run can
+name its data in one word. Nothing in it depends on where the folder or its inputs lie.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from pipeline.options import UserError
+
+FORMAT = 1
+FILE_NAME = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One tar.
+
+    Attributes:
+        path: relative to the folder, with forward slashes.
+        split: train, validation (or heldout in a FLAN folder).
+        source: the corpus it comes from, such as github (or a FLAN mixture's part).
+        samples: blocks in it.
+        tokens: ids in it, padding not counted. Only the last block of a source and split is padded:
+            its valid length is `tokens - (samples - 1) * block_tokens`.
+        documents: documents that end in it (FLAN: rows).
+        text_bytes: UTF-8 bytes of the documents that end in it (FLAN: of its targets).
+        bytes: size of the file.
+        sha256: of the file, hexadecimal.
+    """
+
+    path: str
+    split: str
+    source: str
+    samples: int
+    tokens: int
+    documents: int
+    text_bytes: int
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """One input file.
+
+    Attributes:
+        path: relative to the deepest folder that holds all inputs.
+        size: bytes as stored.
+        probe: checksum of its first and last 64 KiB, hexadecimal; tells changed inputs cheaply.
+        rows: lines read, blank ones not counted.
+        documents: rows that became tokens.
+        rejects: rows that did not, by reason.
+        replaced_surrogates: lone surrogates that became U+FFFD.
+    """
+
+    path: str
+    size: int
+    probe: str
+    rows: int
+    documents: int
+    rejects: dict[str, int]
+    replaced_surrogates: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerInfo:
+    """The tokenizer of a shard folder: hexadecimal SHA-256 of its file, ids and special ids."""
+
+    sha256: str
+    vocab_size: int
+    special_ids: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """All of `manifest.json`.
+
+    Attributes:
+        kind: "tokens", or "flan" for inputs and targets.
+        dtype: of the ids, uint16 or uint32.
+        block_tokens: ids in a sample.
+        settings: what else the output depends on (validation_fraction, task_bytes, …).
+    """
+
+    kind: str
+    dtype: str
+    block_tokens: int
+    tokenizer: TokenizerInfo
+    settings: dict[str, Any]
+    shards: tuple[Shard, ...]
+    inputs: tuple[Input, ...]
+    format: int = FORMAT
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything else, hexadecimal."""
+        canonical = json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def select(self, split: str, source: str | None = None) -> tuple[Shard, ...]:
+        """The shards of one split (and source), in task order."""
+        return tuple(
+            shard
+            for shard in self.shards
+            if shard.split == split and (source is None or shard.source == source)
+        )
+
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits, sorted."""
+        return tuple(sorted({shard.split for shard in self.shards}))
+
+    def sources(self, split: str) -> tuple[str, ...]:
+        """Names of the sources of one split, sorted."""
+        return tuple(sorted({shard.source for shard in self.select(split)}))
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest of `folder`.
+
+    Raises:
+        UserError: the folder or manifest is absent, damaged, or of another format.
+    """
+    path = Path(folder) / FILE_NAME
+    try:
+        fields = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"data={str(folder)!r}: no {FILE_NAME} in it, so it is no finished shard folder; "
+            "give the --output of isoflop tokenize (or isoflop flan), run to its end"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"data={str(folder)!r}: cannot read its {FILE_NAME} ({error}); write it anew"
+        ) from None
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        found = fields.get("format") if isinstance(fields, dict) else None
+        raise UserError(
+            f"data={str(folder)!r}: its {FILE_NAME} has format {found!r}, this version reads "
+            f"{FORMAT}; tokenise again"
+        )
+    recorded = fields.pop("fingerprint", None)
+    try:
+        manifest = _from_fields(fields)
+        intact = manifest.fingerprint == recorded
+    except (TypeError, KeyError, ValueError):
+        intact = False
+    if not intact:
+        raise UserError(
+            f"data={str(folder)!r}: its {FILE_NAME} does not match its own fingerprint; "
+            "it was edited or damaged: restore it or tokenise again"
+        )
+    return manifest
+
+
+def _from_fields(fields: Mapping[str, Any]) -> Manifest:
+    shards = tuple(Shard(**shard) for shard in fields["shards"])
+    for shard in shards:
+        parts = PurePosixPath(shard.path).parts
+        if not parts or parts[0] == "/" or ".." in parts:
+            raise ValueError(f"shard path {shard.path!r} leaves the folder")
+    return Manifest(
+        **{
+            **fields,
+            "tokenizer": TokenizerInfo(**fields["tokenizer"]),
+            "shards": shards,
+            "inputs": tuple(Input(**item) for item in fields["inputs"]),
+        }
+    )
+
+
+def write_manifest(folder: str | Path, manifest: Manifest) -> None:
+    """Write `manifest.json` into `folder`, atomically."""
+    fields = {**dataclasses.asdict(manifest), "fingerprint": manifest.fingerprint}
+    write_atomically(Path(folder) / FILE_NAME, json.dumps(fields, indent=1, sort_keys=True) + "\n")
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a whole file under a name of its own, then rename it into place."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with open(partial, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
