@@ -1,0 +1,1 @@
+"""What happens beside the training loop: records, evaluations, checkpoints, the live line."""

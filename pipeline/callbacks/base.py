@@ -1,0 +1,42 @@
+"""The callback: four moments of a run, each a method that does nothing by default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one optimizer step measured, over all ranks."""
+
+    step: int  # steps made, this one included
+    loss: float  # nats per target token
+    z_loss: float  # mean squared log-normaliser per target token
+    grad_norm: float
+    lr: float
+    seconds: float
+    step_tokens: int  # processed in this step
+    step_flops: float  # model_causal, of this step
+    applied: bool  # False: not finite, skipped
+    positions: tuple[int, int]  # the order's positions, first and one past the last
+    sample_hash: int
+
+
+class Callback:
+    """Called on every rank in the same order; only rank 0 should write."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step of this attempt."""
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """After each optimizer step."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """After the last step of the run; not called when the run is stopped before."""
+
+    def on_stop(self, trainer: Trainer) -> None:
+        """When all ranks agreed to stop early."""

@@ -1,0 +1,60 @@
+"""Held-out evaluations during the run, and the one that ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pipeline.callbacks.base import Callback, StepRecord
+from pipeline.evaluation.perplexity import EvalSet, evaluate
+
+if TYPE_CHECKING:
+    from pipeline.trainer import Trainer
+
+
+class Evaluation(Callback):
+    """Scores every evaluation set each `eval_every` steps and at the end."""
+
+    def __init__(self, sets: Sequence[EvalSet], *, at_start: bool = False) -> None:
+        self._sets = sets
+        self._at_start = at_start
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Score the weights a finetuning run starts from."""
+        if self._at_start and trainer.step == 0:
+            self._evaluate(trainer, final=False)
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """Score at every `eval_every`-th step but the last, which `on_end` scores."""
+        every = trainer.config.eval_every
+        if every and trainer.step % every == 0 and trainer.step < trainer.config.steps:
+            self._evaluate(trainer, final=False)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Score the finished model."""
+        self._evaluate(trainer, final=True)
+
+    def _evaluate(self, trainer: Trainer, *, final: bool) -> None:
+        for evalset in self._sets:
+            result = evaluate(trainer.engine.module, evalset, trainer.world)
+            if not trainer.world.is_main:
+                continue
+            trainer.folder.append(
+                "eval.jsonl",
+                {
+                    "step": trainer.step,
+                    "attempt": trainer.attempt,
+                    "eval_set": result.eval_set,
+                    "loss": result.loss,
+                    "eval_tokens": result.eval_tokens,
+                    "bits_per_byte": result.bits_per_byte,
+                    "unigram_entropy": result.unigram_entropy,
+                    **trainer.totals.as_record(),
+                    "final": final,
+                },
+            )
+            trainer.say(
+                f"step {trainer.step}: {result.eval_set} loss {result.loss:.4f} nats, "
+                f"{result.bits_per_byte:.4f} bits per byte "
+                f"(unigram entropy {result.unigram_entropy:.4f} nats)"
+            )

@@ -1,0 +1,78 @@
+"""metrics.jsonl, ledger.jsonl and TensorBoard, all from the same step record."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pipeline.callbacks.base import Callback, StepRecord
+from pipeline.peak import dense_peak
+
+if TYPE_CHECKING:
+    from pipeline.trainer import Trainer
+
+
+class Metrics(Callback):
+    """A line a step in metrics.jsonl, mirrored to TensorBoard."""
+
+    def __init__(self) -> None:
+        self._peak = 0.0
+        self._writer: Any = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Measure or look up the peak that MFU is a share of."""
+        self._peak = dense_peak(trainer.world.device, trainer.config.precision)
+        if trainer.world.is_main:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(
+                str(trainer.folder.path / "tensorboard"), purge_step=trainer.step + 1
+            )
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """Write the step's line."""
+        if not trainer.world.is_main:
+            return
+        seconds = max(record.seconds, 1e-9)
+        rate = record.step_flops / seconds / trainer.world.size
+        line = {
+            "step": record.step,
+            "attempt": trainer.attempt,
+            "loss": record.loss,
+            **trainer.totals.as_record(),
+            "grad_norm": record.grad_norm,
+            "lr": record.lr,
+            "seconds": round(record.seconds, 6),
+            "tokens_per_second": round(record.step_tokens / seconds, 1),
+            "mfu": round(rate / self._peak, 4),
+            "skipped": not record.applied,
+            "z_loss": record.z_loss,
+        }
+        trainer.folder.append("metrics.jsonl", line)
+        for key in ("loss", "grad_norm", "lr", "tokens_per_second", "mfu", "z_loss"):
+            self._writer.add_scalar(f"train/{key}", line[key], record.step)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Flush TensorBoard."""
+        if self._writer is not None:
+            self._writer.close()
+
+    on_stop = on_end
+
+
+class Ledger(Callback):
+    """Which samples each step consumed, so that it can be proved afterwards."""
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """Write the step's line."""
+        if trainer.world.is_main:
+            trainer.folder.append(
+                "ledger.jsonl",
+                {
+                    "step": record.step,
+                    "attempt": trainer.attempt,
+                    "event": "applied" if record.applied else "skipped",
+                    "start": record.positions[0],
+                    "end": record.positions[1],
+                    "hash": f"{record.sample_hash:016x}",
+                },
+            )

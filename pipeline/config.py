@@ -1,0 +1,248 @@
+"""RunConfig: everything a run is told, loaded strictly before any work.
+
+One owner for each setting: RunConfig holds batch, accumulation, precision, clipping, optimizer and
+schedule; a file of ds_configs/ holds ZeRO, offload and communication; an overlap is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from models.config import named
+from pipeline.options import UserError, help_text, load, option, split_flags
+
+# What a DeepSpeed file may hold; the rest is RunConfig's.
+DEEPSPEED_KEYS = frozenset(
+    {
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "communication_data_type",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "comms_logger",
+        "aio",
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run, pretraining or finetuning."""
+
+    run_dir: str = option("run folder to write, and to go on from if it exists", metavar="DIR")
+    data: str = option("shard folder made by isoflop tokenize", metavar="DIR")
+    arch: Literal["decllm", "redllm", "entp", "ared"] = option("architecture")
+    size: str = option("named shape, nano … 8b")
+    steps: int = option("optimizer steps", minimum=1)
+    global_batch: int = option("sequences in one optimizer step, over all ranks", minimum=1)
+
+    name: str = option("name shown in reports (default: the run folder's)", "")
+    model: dict[str, Any] = option(
+        "overrides of the model's own fields, as --model.num_layers=3", default_factory=dict
+    )
+    seq_len: int = option("tokens in a training sample", 2048, minimum=2)
+    prefix_len: int | None = option(
+        "where a sample is split into prefix and matched targets (default: the middle)", None
+    )
+    objective: Literal["auto", "causal", "prefix"] = option(
+        "what is predicted: every token, or only those after the prefix (auto: prefix for redllm, "
+        "causal for the others)",
+        "auto",
+    )
+    micro_batch: int | None = option(
+        "sequences a rank holds at once (default: its whole share of the global batch)", None
+    )
+
+    optimizer: Literal["adamw"] = option("optimizer", "adamw")
+    lr: float = option("peak learning rate", 1e-3, minimum=0.0)
+    beta1: float = option("AdamW's first-moment decay", 0.9)
+    beta2: float = option("AdamW's second-moment decay", 0.95)
+    weight_decay: float = option("decoupled decay of matrices", 0.1, minimum=0.0)
+    schedule: Literal["cosine", "constant", "linear"] = option(
+        "learning rate after the warm-up", "cosine"
+    )
+    warmup_steps: int = option("steps of linear warm-up", 0, minimum=0)
+    final_lr_fraction: float = option("learning rate at the end, as a share of the peak", 0.1)
+    grad_clip: float = option("largest global gradient norm (0: none)", 1.0, minimum=0.0)
+    z_loss: float = option("weight of the squared log-normaliser", 1e-4, minimum=0.0)
+    precision: Literal["fp32", "bf16"] = option(
+        "numbers of the forward and backward pass; bf16 keeps fp32 masters", "bf16"
+    )
+    ds_config: str = option("DeepSpeed file: ZeRO, offload, communication", metavar="FILE")
+
+    seed: int = option("initial weights, sample order and dropout", 0, minimum=0)
+    shuffle_window: str = option(
+        "'all' (uniform over the epoch) or the number of shards mixed at a time", "all"
+    )
+    weights: dict[str, float] = option(
+        "sampling weight by source (default: natural proportions)", default_factory=dict
+    )
+
+    eval_every: int = option("steps between evaluations (0: only at the end)", 0, minimum=0)
+    eval_sequences: int = option("held-out sequences of an evaluation", 512, minimum=1)
+    eval_micro_batch: int = option("held-out sequences a rank holds at once", 32, minimum=1)
+    checkpoint_every: int = option("steps between checkpoints (0: only at the end)", 0, minimum=0)
+    keep_checkpoints: int = option("newest checkpoints kept", 2, minimum=1)
+    max_skipped_steps: int = option(
+        "non-finite steps in a row, each skipped, before the run ends with an error", 10, minimum=1
+    )
+
+    init_from: str | None = option(
+        "run folder whose newest checkpoint gives the weights (finetuning)", None, metavar="DIR"
+    )
+    flan: str | None = option("FLAN folder made by isoflop flan (finetuning)", None, metavar="DIR")
+    bidirectional_inputs: bool = option(
+        "DecLLM finetuning: input tokens see each other in both directions", False
+    )
+
+    threads: int = option(
+        "CPU threads of a rank (0: its share of the cores)", 0, minimum=0
+    )
+    collective_timeout: int = option("seconds before a stuck collective fails", 600, minimum=1)
+
+    @property
+    def split(self) -> int:
+        """Tokens of a sample before the matched targets."""
+        return self.seq_len // 2 if self.prefix_len is None else self.prefix_len
+
+    @property
+    def resolved_objective(self) -> str:
+        """The objective with `auto` resolved."""
+        if self.objective == "auto":
+            return "prefix" if self.arch == "redllm" else "causal"
+        return self.objective
+
+    def problems(self) -> Iterable[str]:
+        """What single fields cannot say."""
+        if not 0 < self.split < self.seq_len:
+            yield (
+                f"prefix_len={self.prefix_len}: leaves no prefix or no target; give 1 to "
+                f"{self.seq_len - 1} (seq_len={self.seq_len})"
+            )
+        if self.arch == "redllm" and self.objective == "causal":
+            yield "objective='causal': redllm needs a prefix for its encoder; give prefix or auto"
+        if self.arch in ("entp", "ared") and self.objective == "prefix":
+            yield f"objective='prefix': {self.arch} reads causally; give causal or auto"
+        if self.shuffle_window != "all" and not (
+            self.shuffle_window.isdigit() and int(self.shuffle_window) > 0
+        ):
+            yield (
+                f"shuffle_window={self.shuffle_window!r}: not a window; give all or a positive "
+                "number of shards"
+            )
+        for field in ("beta1", "beta2"):
+            if not 0 <= getattr(self, field) < 1:
+                yield f"{field}={getattr(self, field)}: not a decay; give at least 0, below 1"
+        if not 0 <= self.final_lr_fraction <= 1:
+            yield f"final_lr_fraction={self.final_lr_fraction}: not a share; give 0 to 1"
+        if self.warmup_steps > self.steps:
+            yield (
+                f"warmup_steps={self.warmup_steps}: longer than the run; give at most "
+                f"steps={self.steps}"
+            )
+        if self.bidirectional_inputs and (self.arch != "decllm" or self.flan is None):
+            yield "bidirectional_inputs=True: only for finetuning decllm; leave it out"
+        try:
+            named(self.arch, self.size, vocab_size=1024)
+        except ValueError as error:
+            yield f"size={self.size!r}: {error}"
+
+
+def batch_problems(config: RunConfig, world_size: int) -> Iterable[str]:
+    """What is wrong with the batch for `world_size` ranks: every world sees the same batches."""
+    batch = config.global_batch
+    micro = config.micro_batch or max(1, batch // world_size)
+    unit = world_size * micro
+    if batch % unit:
+        below, above = batch // unit * unit, (batch // unit + 1) * unit
+        nearest = f"{below} or {above}" if below else str(above)
+        yield (
+            f"global_batch={batch}: does not divide by {world_size} ranks × micro_batch {micro}; "
+            f"give {nearest}"
+        )
+
+
+def micro_batch_size(config: RunConfig, world_size: int) -> int:
+    """Sequences a rank holds at once."""
+    return config.micro_batch or config.global_batch // world_size
+
+
+C = TypeVar("C")
+
+
+def load_with_file(cls: type[C], argv: Sequence[str], prog: str) -> C:
+    """`cls` from `--config FILE.yaml` and flags; flags override the file.
+
+    Raises UserError for every mistake at once, those of the file included.
+    """
+    flags = split_flags(argv)
+    words = flags.pop("", [])
+    # The launcher gives every rank its number; the environment already says it.
+    flags.pop("local_rank", None)
+    if words:
+        raise UserError(f"{' '.join(words)}: stands without a flag; see {prog} --help")
+    values: dict[str, Any] = {}
+    path = flags.pop("config", None)
+    if path is not None:
+        values = read_yaml(Path(path))
+    for key, value in flags.items():
+        head, _, rest = key.partition(".")
+        if rest and isinstance(values.get(head), Mapping):
+            values[head] = {**values[head], rest: value}
+        else:
+            values[key] = value
+    return load(cls, values, source=path or prog)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping a YAML file holds. Raises UserError."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config={str(path)!r}: {error.strerror}; give a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config={str(path)!r}: not YAML ({error}); mend the file") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config={str(path)!r}: holds no `key: value` lines; add some")
+    return {str(key): value for key, value in values.items()}
+
+
+def program_help(prog: str, purpose: str) -> str:
+    """The help page of an entry point that takes a RunConfig."""
+    page = help_text(RunConfig, f"deepspeed {prog} --config run.yaml")
+    return f"{purpose}\nFlags override the file.\n\n{page}"
+
+
+def read_deepspeed_file(path: str) -> dict[str, Any]:
+    """The DeepSpeed settings of one file of ds_configs/.
+
+    Raises UserError for a key that RunConfig owns and for one that DeepSpeed does not know.
+    """
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"ds_config={path!r}: {error.strerror}; give a file of ds_configs/") from error
+    except ValueError as error:
+        raise UserError(f"ds_config={path!r}: not JSON ({error}); mend the file") from error
+    foreign = sorted(set(settings) - DEEPSPEED_KEYS)
+    if foreign:
+        raise UserError(
+            f"ds_config={path!r}: holds {', '.join(foreign)}, which the run's own configuration "
+            "decides; remove it there"
+        )
+    stage = settings.get("zero_optimization", {}).get("stage")
+    if stage != 3:
+        raise UserError(f"ds_config={path!r}: zero_optimization.stage={stage!r}; give 3")
+    if settings["zero_optimization"].get("overlap_comm"):
+        raise UserError(
+            f"ds_config={path!r}: overlap_comm=true does not go with a loss that comes in chunks; "
+            "set it to false"
+        )
+    return dict(settings)

@@ -1,0 +1,1 @@
+"""Held-out loss and what is derived from it."""

@@ -1,0 +1,88 @@
+"""Finetuning on instructions: `deepspeed pipeline/finetune.py --config run.yaml [--key=value …]`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    # A script's own folder comes first on the path, where `evaluate` would hide a package's.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from pipeline.assemble import Stage, run_stage
+from pipeline.config import RunConfig
+from pipeline.data.manifest import read_manifest
+from pipeline.options import UserError, run_as_program
+from pipeline.run_folder import RunFolder
+
+
+def check(config: RunConfig) -> Iterable[str]:
+    """What only finetuning can get wrong."""
+    if config.arch not in ("decllm", "redllm"):
+        yield f"arch={config.arch!r}: is not finetuned on instructions; give decllm or redllm"
+    if config.flan is None:
+        yield "flan: missing; give --flan DIR, a folder made by isoflop flan"
+    elif read_manifest(config.flan).tokenizer.sha256 != read_manifest(config.data).tokenizer.sha256:
+        yield (
+            f"flan={config.flan!r}: was made with another tokenizer than data={config.data!r}; "
+            "make it again with that folder's tokenizer.model"
+        )
+    if config.init_from is None:
+        yield "init_from: missing; give --init_from RUN, a pretrained run folder"
+        return
+    parent = RunFolder(config.init_from).read_config()
+    for key in ("arch", "size"):
+        if parent["run"][key] != getattr(config, key):
+            yield (
+                f"{key}={getattr(config, key)!r}: the run in {config.init_from} has "
+                f"{parent['run'][key]!r}; give that"
+            )
+    if parent["data"]["tokenizer_sha256"] != read_manifest(config.data).tokenizer.sha256:
+        yield (
+            f"init_from={config.init_from!r}: was trained with another tokenizer than that of "
+            f"data={config.data!r}; give matching ones"
+        )
+
+
+def prepare(config: RunConfig, model: Any, tokenizer: Any, world: Any) -> tuple[Any, list[Any]]:
+    """Instruction pairs, the held-out pairs, and the pretraining's held-out blocks."""
+    from pipeline.data.flan import FlanStore
+    from pipeline.data.loader import SequenceStore
+    from pipeline.evaluation.perplexity import block_set, instruction_set
+    from pipeline.sources import InstructionSource
+
+    if config.flan is None:
+        raise UserError("flan: missing; give --flan DIR")
+    lengths = tokenizer.byte_lengths()
+    heldout = FlanStore(config.flan, "heldout")
+    evalsets = [
+        instruction_set(
+            "flan_heldout", heldout, config, lengths, world, bos=tokenizer.bos, pad=tokenizer.pad
+        ),
+        block_set(
+            "validation",
+            SequenceStore(config.data, "validation", config.seq_len),
+            config,
+            lengths,
+            world,
+            bos=tokenizer.bos,
+        ),
+    ]
+    store = FlanStore(config.flan, "train")
+    source = InstructionSource(config, model, store, bos=tokenizer.bos, pad=tokenizer.pad)
+    return source, evalsets
+
+
+STAGE = Stage(
+    name="finetune",
+    program="pipeline/finetune.py",
+    purpose="Finetune a pretrained run on instruction pairs.",
+    check=check,
+    prepare=prepare,
+    scores_start=True,
+)
+
+if __name__ == "__main__":
+    run_as_program(lambda: run_stage(STAGE))

@@ -1,0 +1,55 @@
+"""Pretraining: `deepspeed [--hostfile H] pipeline/pretrain.py --config run.yaml [--key=value …]`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
+    # A script's own folder comes first on the path, where `evaluate` would hide a package's.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from pipeline.assemble import Stage, run_stage
+from pipeline.config import RunConfig
+from pipeline.options import run_as_program
+
+
+def check(config: RunConfig) -> Iterable[str]:
+    """What only pretraining can get wrong."""
+    if config.flan is not None:
+        yield f"flan={config.flan!r}: is for pipeline/finetune.py; leave it out"
+    if config.init_from is not None:
+        yield f"init_from={config.init_from!r}: is for pipeline/finetune.py; leave it out"
+
+
+def prepare(config: RunConfig, model: Any, tokenizer: Any, world: Any) -> tuple[Any, list[Any]]:
+    """Blocks in the run's order, and the held-out blocks."""
+    from pipeline.data.loader import SequenceStore, TrainingOrder
+    from pipeline.evaluation.perplexity import block_set
+    from pipeline.sources import PretrainingSource
+
+    order = TrainingOrder(
+        SequenceStore(config.data, "train", config.seq_len),
+        seed=config.seed,
+        shuffle_window="all" if config.shuffle_window == "all" else int(config.shuffle_window),
+        weights=config.weights or None,
+    )
+    heldout = SequenceStore(config.data, "validation", config.seq_len)
+    evalset = block_set(
+        "validation", heldout, config, tokenizer.byte_lengths(), world, bos=tokenizer.bos
+    )
+    return PretrainingSource(config, model, order, bos=tokenizer.bos), [evalset]
+
+
+STAGE = Stage(
+    name="pretrain",
+    program="pipeline/pretrain.py",
+    purpose="Train a model on shards of tokens.",
+    check=check,
+    prepare=prepare,
+)
+
+if __name__ == "__main__":
+    run_as_program(lambda: run_stage(STAGE))

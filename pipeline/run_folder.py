@@ -1,0 +1,90 @@
+"""The run folder: config.json, one JSON object a line elsewhere, FINISHED at the end.
+
+Lines are appended and flushed; a line torn by a kill is cut off when the run goes on. A step that
+is repeated after a restart appears again with the next `attempt`, and the last attempt wins.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.options import UserError
+
+
+class RunFolder:
+    """The files of one run; only rank 0 writes."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def finished_file(self) -> Path:
+        return self.path / "FINISHED"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run reached its last step and its last evaluation."""
+        return self.finished_file.exists()
+
+    def read_config(self) -> dict[str, Any]:
+        """config.json. Raises UserError where there is none."""
+        try:
+            return dict(json.loads(self.config_file.read_text(encoding="utf-8")))
+        except FileNotFoundError as error:
+            raise UserError(
+                f"run={str(self.path)!r}: holds no config.json; give a run folder"
+            ) from error
+        except ValueError as error:
+            raise UserError(f"{self.config_file}: not JSON ({error}); restore it") from error
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write config.json whole or not at all."""
+        write_atomically(self.config_file, json.dumps(config, indent=2) + "\n")
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Add one line to the file `name`."""
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def cut_torn_lines(self) -> None:
+        """Remove an unfinished last line from each .jsonl file."""
+        for file in self.path.glob("*.jsonl"):
+            content = file.read_bytes()
+            if content and not content.endswith(b"\n"):
+                with file.open("r+b") as handle:
+                    handle.truncate(content.rfind(b"\n") + 1)
+
+    def last_attempt(self) -> int:
+        """The highest attempt in metrics.jsonl; 0 where no step was made."""
+        file = self.path / "metrics.jsonl"
+        if not file.exists():
+            return 0
+        lines = file.read_bytes().splitlines()
+        return int(json.loads(lines[-1])["attempt"]) if lines else 0
+
+    def finish(self) -> None:
+        """Mark the run as complete."""
+        self.finished_file.touch()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path` through a temporary file, so that no reader sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,177 @@
+"""Where training batches come from: each rank's share of the global batch of any step.
+
+Both sources are stateless: the share is a pure function of (step, rank, world size) and the run's
+configuration, and the union over ranks is the same global batch for every world size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+import torch
+import xxhash
+
+from models.batch import Batch
+from models.config import ModelConfig
+from models.flops import Flops, training_flops
+from pipeline import objectives
+from pipeline.config import RunConfig, micro_batch_size
+from pipeline.data.flan import FlanStore
+from pipeline.data.loader import TrainingOrder
+from pipeline.data.order import Permutation, derive_key
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of one global batch."""
+
+    micro_batches: list[Batch]
+    target_tokens: int
+    processed_tokens: int
+    flops: Flops
+    sample_hash: int  # sum modulo 2**64 over the samples of xxh3(sample number ‖ ids)
+
+
+class Source(Protocol):
+    """What the trainer asks for batches."""
+
+    def share(self, step: int, rank: int, world_size: int) -> Share:
+        """This rank's part of the global batch of `step`, counted from 0."""
+        ...
+
+
+def sample_hash(number: int, ids: np.ndarray) -> int:
+    """xxh3 of one sample: its number (8 bytes, little-endian) and its ids as uint32."""
+    digest = xxhash.xxh3_64(number.to_bytes(8, "little"))
+    digest.update(np.ascontiguousarray(ids, dtype="<u4"))
+    return digest.intdigest()
+
+
+def positions(step: int, global_batch: int, rank: int, world_size: int) -> range:
+    """The places in the order that `rank` reads for `step`."""
+    share = global_batch // world_size
+    start = step * global_batch + rank * share
+    return range(start, start + share)
+
+
+class PretrainingSource:
+    """Blocks of T tokens in the run's order."""
+
+    def __init__(
+        self, config: RunConfig, model: ModelConfig, order: TrainingOrder, *, bos: int
+    ) -> None:
+        self._config = config
+        self._order = order
+        self._bos = bos
+        arch, length, split = config.arch, config.seq_len, config.split
+        if arch == "redllm":
+            self._flops = training_flops(model, seq_len=length - split, source_len=split)
+        else:
+            self._flops = training_flops(model, seq_len=length)
+
+    def share(self, step: int, rank: int, world_size: int) -> Share:
+        """See `Source`."""
+        config = self._config
+        places = positions(step, config.global_batch, rank, world_size)
+        samples = self._order.batch(places.start, len(places))
+        ids = torch.from_numpy(samples.ids.astype(np.int64))
+        valid = torch.from_numpy(samples.valid)
+        size = micro_batch_size(config, world_size)
+        micro = [
+            objectives.build(
+                config.resolved_objective,
+                config.arch,
+                ids[start : start + size],
+                valid[start : start + size],
+                self._bos,
+                config.split,
+            )
+            for start in range(0, len(ids), size)
+        ]
+        numbers = samples.sample_numbers.tolist()
+        hashed = sum(map(sample_hash, numbers, samples.ids))
+        return Share(
+            micro_batches=micro,
+            target_tokens=sum(int(batch.loss_mask.sum()) for batch in micro),
+            processed_tokens=int(valid.sum()),
+            flops=scaled(self._flops, len(places)),
+            sample_hash=hashed % 2**64,
+        )
+
+
+class InstructionSource:
+    """Instruction pairs, one per row and never packed, shuffled anew each epoch."""
+
+    def __init__(
+        self, config: RunConfig, model: ModelConfig, store: FlanStore, *, bos: int, pad: int
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._store = store
+        self._bos = bos
+        self._pad = pad
+
+    def share(self, step: int, rank: int, world_size: int) -> Share:
+        """See `Source`."""
+        config = self._config
+        size = len(self._store)
+        pairs, hashed = [], 0
+        for place in positions(step, config.global_batch, rank, world_size):
+            epoch, index = divmod(place, size)
+            number = int(Permutation(size, derive_key(config.seed, epoch))(np.array([index]))[0])
+            inputs, targets, _ = self._store.read(number)
+            pairs.append((inputs, targets))
+            hashed += sample_hash(number, np.concatenate([inputs, targets]))
+        width = micro_batch_size(config, world_size)
+        micro = [
+            objectives.instruction(
+                pairs[start : start + width],
+                config.arch,
+                bos=self._bos,
+                pad=self._pad,
+                bidirectional=config.bidirectional_inputs,
+            )
+            for start in range(0, len(pairs), width)
+        ]
+        return Share(
+            micro_batches=micro,
+            target_tokens=sum(int(batch.loss_mask.sum()) for batch in micro),
+            processed_tokens=sum(len(inputs) + len(targets) for inputs, targets in pairs),
+            flops=total_flops([batch_flops(self._model, batch) for batch in micro]),
+            sample_hash=hashed % 2**64,
+        )
+
+
+def batch_flops(model: ModelConfig, batch: Batch) -> Flops:
+    """Training FLOPs of one padded batch, padding included: it is computed too."""
+    source = 0 if batch.encoder_ids is None else batch.encoder_ids.shape[1]
+    return scaled(_row_flops(model, batch.input_ids.shape[1], source), len(batch.input_ids))
+
+
+@lru_cache(maxsize=4096)
+def _row_flops(model: ModelConfig, seq_len: int, source_len: int) -> Flops:
+    return training_flops(model, seq_len=seq_len, source_len=source_len)
+
+
+def scaled(flops: Flops, count: int) -> Flops:
+    """`flops` of `count` sequences."""
+    return Flops(
+        six_n=flops.six_n * count,
+        model_causal=flops.model_causal * count,
+        model_full=flops.model_full * count,
+        hardware=flops.hardware * count,
+    )
+
+
+def total_flops(parts: Sequence[Flops]) -> Flops:
+    """The sum of `parts`."""
+    return Flops(
+        six_n=sum(part.six_n for part in parts),
+        model_causal=sum(part.model_causal for part in parts),
+        model_full=sum(part.model_full for part in parts),
+        hardware=sum(part.hardware for part in parts),
+    )

@@ -1,0 +1,205 @@
+"""The training loop: one global batch, one optimizer step, and the callbacks beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+
+from models.flops import Flops
+from pipeline.callbacks.base import Callback, StepRecord
+from pipeline.config import RunConfig
+from pipeline.distributed import World, backward, sum_over_ranks
+from pipeline.optim.schedule import learning_rate
+from pipeline.options import UserError
+from pipeline.run_folder import RunFolder
+from pipeline.sources import Share, Source
+
+
+@dataclasses.dataclass
+class Totals:
+    """Counts since the start of the run, those of its parent included."""
+
+    loss_tokens: int = 0
+    processed_tokens: int = 0
+    flops_6n: float = 0
+    flops_model_causal: float = 0
+    flops_model_full: float = 0
+    flops_hardware: float = 0
+
+    def add(self, loss_tokens: int, processed_tokens: int, flops: Sequence[float]) -> None:
+        """Count one step; `flops` in the order of the fields."""
+        self.loss_tokens += loss_tokens
+        self.processed_tokens += processed_tokens
+        self.flops_6n += flops[0]
+        self.flops_model_causal += flops[1]
+        self.flops_model_full += flops[2]
+        self.flops_hardware += flops[3]
+
+    def as_record(self) -> dict[str, float]:
+        """The counts under the names that the run folder uses."""
+        return dataclasses.asdict(self)
+
+
+class Trainer:
+    """One attempt at a run: from its last checkpoint to its end, or to a stop that ranks agreed."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        engine: Any,
+        source: Source,
+        folder: RunFolder,
+        callbacks: Sequence[Callback],
+        *,
+        step: int = 0,
+        totals: Totals | None = None,
+        attempt: int = 1,
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.engine = engine
+        self.folder = folder
+        self.step = step
+        self.totals = totals or Totals()
+        self.attempt = attempt
+        self._source = source
+        self._callbacks = callbacks
+        self._stop_asked = False
+        self._skipped_in_a_row = 0
+
+    def run(self) -> bool:
+        """Train to the last step; False when the run was stopped before (its state is saved)."""
+        previous = {
+            number: signal.signal(number, self._ask_stop)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        }
+        try:
+            return self._run()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _run(self) -> bool:
+        for callback in self._callbacks:
+            callback.on_start(self)
+        while self.step < self.config.steps:
+            record = self._train_step()
+            if record is None:
+                for callback in self._callbacks:
+                    callback.on_stop(self)
+                return False
+            for callback in self._callbacks:
+                callback.on_step(self, record)
+            self._check_skips(record)
+        for callback in self._callbacks:
+            callback.on_end(self)
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """What a resume needs beside tensors."""
+        return {"step": self.step, "attempt": self.attempt, "totals": self.totals.as_record()}
+
+    def say(self, text: str) -> None:
+        """Tell the user, once."""
+        if self.world.is_main:
+            print(f"{self.config.name}: {text}", flush=True)
+
+    def _ask_stop(self, number: int, frame: FrameType | None) -> None:
+        # Only a flag: the ranks must agree on the step they stop at.
+        self._stop_asked = True
+
+    def _train_step(self) -> StepRecord | None:
+        """One global batch; None when a rank was asked to stop and all agreed."""
+        started = time.perf_counter()
+        config, world, engine = self.config, self.world, self.engine
+        share = self._source.share(self.step, world.rank, world.size)
+        counts = self._sum_counts(share)
+        if counts.stop:
+            return None
+        rate = learning_rate(
+            self.step,
+            schedule=config.schedule,
+            peak=config.lr,
+            steps=config.steps,
+            warmup_steps=config.warmup_steps,
+            final_fraction=config.final_lr_fraction,
+        )
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+        # Dropout is a pure function of (seed, step, rank): a resume needs no generator state.
+        torch.manual_seed(hash((config.seed, self.step, world.rank)) % 2**63)
+        nll, squared_z = self._backward(share, counts.target_tokens)
+        engine.step()
+        sums = torch.tensor([nll, squared_z, *_flops_row(share.flops)], dtype=torch.float64)
+        nll, squared_z, *flops = sum_over_ranks(sums.to(world.device)).tolist()
+        applied = bool(engine.was_step_applied()) and math.isfinite(nll)
+        start = self.step * config.global_batch
+        self.step += 1
+        self.totals.add(counts.target_tokens, counts.processed_tokens, flops)
+        norm = engine.get_global_grad_norm()
+        return StepRecord(
+            step=self.step,
+            loss=nll / counts.target_tokens,
+            z_loss=squared_z / counts.target_tokens,
+            grad_norm=float("nan") if norm is None else float(norm),
+            lr=rate,
+            seconds=time.perf_counter() - started,
+            step_tokens=counts.processed_tokens,
+            step_flops=flops[1],
+            applied=applied,
+            positions=(start, start + config.global_batch),
+            sample_hash=counts.sample_hash,
+        )
+
+    def _backward(self, share: Share, target_tokens: int) -> tuple[float, float]:
+        """Gradients of the mean loss over the global batch's target tokens.
+
+        DeepSpeed averages gradients over ranks, so each rank's sum is divided by the global number
+        of targets and multiplied by the number of ranks: uneven masks weigh as they should.
+        """
+        scale = self.world.size / target_tokens
+        nll = squared_z = 0.0
+        for batch in share.micro_batches:
+            chunks = self.engine.module.loss_chunks(batch.to(self.world.device), self.config.z_loss)
+            for terms in chunks:
+                backward(self.engine, terms.objective * scale)
+                nll += float(terms.nll)
+                squared_z += float(terms.z)
+        return nll, squared_z
+
+    def _sum_counts(self, share: Share) -> _Counts:
+        signed = share.sample_hash - 2**64 * (share.sample_hash >= 2**63)
+        row = [share.target_tokens, share.processed_tokens, int(self._stop_asked), signed]
+        summed = sum_over_ranks(torch.tensor(row, dtype=torch.int64, device=self.world.device))
+        targets, processed, stop, hashed = summed.tolist()
+        return _Counts(targets, processed, stop > 0, hashed % 2**64)
+
+    def _check_skips(self, record: StepRecord) -> None:
+        self._skipped_in_a_row = 0 if record.applied else self._skipped_in_a_row + 1
+        if not record.applied:
+            self.say(f"step {record.step}: loss or gradient is not finite; the step was skipped")
+        if self._skipped_in_a_row >= self.config.max_skipped_steps:
+            raise UserError(
+                f"max_skipped_steps={self.config.max_skipped_steps}: that many steps in a row were "
+                f"not finite, up to step {record.step}; lower lr={self.config.lr} and start again"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Counts:
+    target_tokens: int
+    processed_tokens: int
+    stop: bool
+    sample_hash: int
+
+
+def _flops_row(flops: Flops) -> list[float]:
+    return [flops.six_n, flops.model_causal, flops.model_full, flops.hardware]
