@@ -1,0 +1,170 @@
+"""Runs tasks under datatrove's executors and believes only our own records.
+
+datatrove is told nothing about what is complete: it gets the ids that have no record. A task that
+fails leaves `tasks/{id}.failed` with its reason, because executors report in ways of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from datatrove.executor.local import LocalPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from loguru import logger
+
+from pipeline.options import UserError
+from tools.corpus_tasks import Settings, Task, record_path, run_task
+
+_WATCH_SECONDS = 0.5
+
+
+class WorkerDiedError(UserError):
+    """A worker process was killed from outside."""
+
+
+class TokenizeStep(PipelineStep):
+    """A datatrove step that runs the task of its rank."""
+
+    name = "isoflop tokenize"
+    type = "tokenizer"
+
+    def __init__(self, tasks: Sequence[Task], settings: Settings, output: Path) -> None:
+        super().__init__()
+        self.tasks, self.settings, self.output = list(tasks), settings, output
+        self.command_process = os.getpid()
+
+    def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
+        """Run task number `rank` of those given; yields nothing."""
+        task = self.tasks[rank]
+        in_worker = os.getpid() != self.command_process
+        if in_worker:
+            # Ctrl-C reaches the whole group: the command stops its workers itself.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            logger.disable("datatrove")
+        running = _running_path(self.output, task.id)
+        running.write_text(str(os.getpid()))
+        try:
+            run_task(task, self.settings, self.output, in_worker=in_worker)
+        except UserError as error:
+            _failed_path(self.output, task.id).write_text(f"{error}\n")
+        except Exception:
+            _failed_path(self.output, task.id).write_text(traceback.format_exc())
+        finally:
+            running.unlink(missing_ok=True)
+        yield from ()
+
+
+class _QuietExecutor(LocalPipelineExecutor):
+    """datatrove prints its log for local rank 0 alone: call every rank another one."""
+
+    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
+        return super()._run_for_rank(rank, local_rank + 1, node_rank)
+
+
+def _running_path(output: Path, task: int) -> Path:
+    return output / "tasks" / f"{task:06d}.running"
+
+
+def _failed_path(output: Path, task: int) -> Path:
+    return output / "tasks" / f"{task:06d}.failed"
+
+
+def run_locally(
+    tasks: Sequence[Task],
+    settings: Settings,
+    output: Path,
+    workers: int,
+    watch: Callable[[], None],
+) -> None:
+    """Run tasks in `workers` processes (1: in this one); `watch` is called about twice a second.
+
+    Raises:
+        UserError: a task failed, or a worker was killed; the rest of the records stay.
+    """
+    for task in tasks:
+        _failed_path(output, task.id).unlink(missing_ok=True)
+        _running_path(output, task.id).unlink(missing_ok=True)
+    logger.disable("datatrove")
+    with tempfile.TemporaryDirectory(prefix="isoflop-tokenize-") as logs:
+        executor = _QuietExecutor(
+            [TokenizeStep(tasks, settings, output)],
+            tasks=len(tasks),
+            workers=min(workers, len(tasks)),
+            logging_dir=logs,
+            skip_completed=False,
+        )
+        with _Watch(tasks, output, watch):
+            executor.run()
+    failures = [task for task in tasks if not record_path(output, task.id).is_file()]
+    if failures:
+        raise UserError(_reason(output, failures))
+
+
+def _reason(output: Path, failures: Sequence[Task]) -> str:
+    first = failures[0]
+    failed = _failed_path(output, first.id)
+    text = failed.read_text().strip() if failed.is_file() else "it left neither record nor reason"
+    lines = text.splitlines()
+    told = lines[-1] if len(lines) > 1 else text
+    more = f" ({len(failures) - 1} more failed)" if len(failures) > 1 else ""
+    where = f"; {failed} has the trace" if len(lines) > 1 else ""
+    return f"task {first.id} of {first.input} failed{more}: {told}{where}"
+
+
+class _Watch:
+    """A thread that shows progress and notices a killed worker, for which datatrove would wait."""
+
+    def __init__(self, tasks: Sequence[Task], output: Path, watch: Callable[[], None]) -> None:
+        self._tasks, self._output, self._watch = tasks, output, watch
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._in_main = threading.current_thread() is threading.main_thread()
+        self._previous: Any = None
+
+    def __enter__(self) -> None:
+        if self._in_main:
+            self._previous = signal.signal(signal.SIGUSR1, self._raise)
+        self._thread.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._in_main:
+            signal.signal(signal.SIGUSR1, self._previous)
+
+    @staticmethod
+    def _raise(number: int, frame: FrameType | None) -> None:
+        raise WorkerDiedError(
+            "workers: one was killed from outside (out of memory?); the same command goes on, with "
+            "fewer --workers if memory was short"
+        )
+
+    def _run(self) -> None:
+        suspects: set[int] = set()
+        while not self._stop.wait(_WATCH_SECONDS):
+            self._watch()
+            gone = {task.id for task in self._tasks if self._is_orphaned(task.id)}
+            # Seen twice, so that a worker that is just about to tidy up is not taken for dead.
+            if gone & suspects and self._in_main and not self._stop.is_set():
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+                return
+            suspects = gone
+
+    def _is_orphaned(self, task: int) -> bool:
+        try:
+            process = int(_running_path(self._output, task).read_text() or 0)
+            if process:
+                os.kill(process, 0)
+        except (FileNotFoundError, PermissionError):
+            return False
+        except ProcessLookupError:
+            return True
+        return False

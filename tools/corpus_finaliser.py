@@ -1,0 +1,151 @@
+"""From task records to a finished shard folder: tails joined, rejects joined, manifest last."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.manifest import (
+    Input,
+    Manifest,
+    Shard,
+    TokenizerInfo,
+    write_manifest,
+)
+from pipeline.data.shards import token_layout
+from pipeline.data.tokenizer import Tokenizer
+from tools.corpus_tasks import (
+    BlockPacker,
+    Record,
+    Settings,
+    Task,
+    ids_dtype,
+    record_path,
+    rejects_path,
+    tails_path,
+)
+
+REJECTS_FILE = "rejects.jsonl"
+
+
+def finalise(
+    output: Path,
+    tasks: Sequence[Task],
+    settings: Settings,
+    tokenizer: Tokenizer,
+    inputs: Sequence[dict[str, Any]],
+) -> Manifest:
+    """Join what the tasks left and write the manifest; `inputs` are name, size and probe of each.
+
+    Every task must have its record. What killed runs left behind is removed.
+    """
+    records = [Record.read(record_path(output, task.id)) for task in tasks]
+    shards = [shard for record in records for shard in record.shards]
+    shards += _join_tails(output, records, settings, tokenizer)
+    shards.sort(key=lambda shard: shard.path)
+    _join_rejects(output, records)
+    _remove_strays(output, shards)
+    manifest = Manifest(
+        kind="tokens",
+        dtype=ids_dtype(tokenizer.vocab_size),
+        block_tokens=settings.block_tokens,
+        tokenizer=TokenizerInfo(tokenizer.sha256, tokenizer.vocab_size, tokenizer.special_ids),
+        settings=dataclasses.asdict(settings),
+        shards=tuple(shards),
+        inputs=tuple(_input_of(described, records) for described in inputs),
+    )
+    write_manifest(output, manifest)
+    remove_intermediate(output)
+    return manifest
+
+
+def _input_of(described: dict[str, Any], records: Iterable[Record]) -> Input:
+    own = [record for record in records if record.input == described["name"]]
+    rejects: Counter[str] = Counter()
+    for record in own:
+        rejects.update(record.rejects)
+    return Input(
+        path=described["name"],
+        size=described["size"],
+        probe=described["probe"],
+        rows=sum(record.rows for record in own),
+        documents=sum(record.documents for record in own),
+        rejects=dict(sorted(rejects.items())),
+        replaced_surrogates=sum(record.replaced_surrogates for record in own),
+    )
+
+
+def _join_tails(
+    output: Path, records: Sequence[Record], settings: Settings, tokenizer: Tokenizer
+) -> list[Shard]:
+    """Tails in task order, one run of blocks per split and source, as if of one more task."""
+    layout = token_layout(settings.block_tokens, ids_dtype(tokenizer.vocab_size))
+    packers: dict[tuple[str, str], BlockPacker] = {}
+    for record in records:
+        if not record.tails:
+            continue
+        with np.load(tails_path(output, record.id)) as stored:
+            for split, source in record.tails:
+                packer = packers.get((split, source))
+                if packer is None:
+                    packer = packers[split, source] = BlockPacker(
+                        output, split, source, len(records), layout, settings.shard_bytes
+                    )
+                ids, ends, text_bytes = (
+                    stored[f"{split}/{source}/{name}"] for name in ("ids", "ends", "text_bytes")
+                )
+                begin = 0
+                for end, length in zip(ends.tolist(), text_bytes.tolist(), strict=True):
+                    packer.add(ids[begin:end], length)
+                    begin = end
+    for packer in packers.values():
+        packer.pad(tokenizer.pad)
+    return [shard for _, packer in sorted(packers.items()) for shard in packer.shards]
+
+
+def _join_rejects(output: Path, records: Sequence[Record]) -> None:
+    joined = output / "tasks" / f".{REJECTS_FILE}.partial"
+    with open(joined, "wb") as file:
+        for record in records:
+            if record.rejects:
+                with open(rejects_path(output, record.id), "rb") as part:
+                    shutil.copyfileobj(part, file)
+    joined.replace(output / REJECTS_FILE)
+
+
+def _remove_strays(output: Path, shards: Iterable[Shard]) -> None:
+    """Remove partial files and shards that no record knows (of runs that were killed)."""
+    known = {output / shard.path for shard in shards}
+    for split in ("train", "validation"):
+        for path in (output / split).glob("*/*"):
+            if path not in known:
+                path.unlink()
+
+
+def remove_intermediate(output: Path) -> None:
+    """Remove what only the finaliser needed; the records stay."""
+    for path in (output / "tasks").iterdir():
+        if path.suffix != ".json":
+            path.unlink()
+
+
+def describe(manifest: Manifest) -> str:
+    """One line on a finished folder."""
+    rows = sum(item.rows for item in manifest.inputs)
+    documents = sum(item.documents for item in manifest.inputs)
+    parts = [
+        f"{split} {sum(s.tokens for s in manifest.select(split)) / 1e6:.2f} Mtok"
+        for split in manifest.splits()
+    ]
+    rejects: Counter[str] = Counter()
+    for item in manifest.inputs:
+        rejects.update(item.rejects)
+    refused = json.dumps(dict(rejects)) if rejects else "none"
+    return f"{', '.join(parts)}; {documents} documents of {rows} rows, rejected: {refused}"
