@@ -167,6 +167,25 @@ def refuse_other_run(folder: RunFolder, document: dict[str, Any]) -> None:
                     )
 
 
+def make_engine(config: RunConfig, vocab_size: int, ds_settings: dict[str, Any], world: Any) -> Any:
+    """The DeepSpeed engine of a run, its weights drawn from the run's seed."""
+    import torch
+
+    from models.registry import build
+    from pipeline import distributed
+    from pipeline.optim.build import build_optimizer
+
+    torch.manual_seed(config.seed)
+    model = build(resolve_model(config, vocab_size))
+    settings = distributed.deepspeed_settings(
+        ds_settings,
+        micro_batch=micro_batch_size(config, world.size),
+        precision=config.precision,
+        grad_clip=config.grad_clip,
+    )
+    return distributed.start_engine(model, build_optimizer(model, config), settings)
+
+
 def _train(
     stage: Stage,
     config: RunConfig,
@@ -176,31 +195,18 @@ def _train(
     document: dict[str, Any],
 ) -> None:
     # torch and deepspeed take seconds to import: only now, when nothing is left to be refused.
-    import torch
-
-    from models.registry import build
     from pipeline import checkpoint, distributed
     from pipeline.callbacks.evaluation import Evaluation
     from pipeline.callbacks.progress import Progress
     from pipeline.callbacks.records import Ledger, Metrics
     from pipeline.callbacks.saving import Saving
     from pipeline.data.tokenizer import Tokenizer
-    from pipeline.optim.build import build_optimizer
     from pipeline.trainer import Totals, Trainer
 
     world = distributed.start(timeout_seconds=config.collective_timeout, threads=config.threads)
     tokenizer = Tokenizer.load(Path(config.data) / "tokenizer.model")
     source, evalsets = stage.prepare(config, model_config, tokenizer, world)
-    torch.manual_seed(config.seed)
-    model = build(model_config)
-    settings = distributed.deepspeed_settings(
-        ds_settings,
-        micro_batch=micro_batch_size(config, world.size),
-        precision=config.precision,
-        grad_clip=config.grad_clip,
-    )
-    engine = distributed.start_engine(model, build_optimizer(model, config), settings)
-
+    engine = make_engine(config, model_config.vocab_size, ds_settings, world)
     found = checkpoint.newest_good(folder.checkpoints, world)
     attempt = distributed.same_everywhere(folder.last_attempt() if world.is_main else 0) + 1
     state: dict[str, Any] = {"step": 0, "totals": {}}
@@ -232,7 +238,13 @@ def _train(
         source,
         folder,
         # The evaluation comes last: what it scores is saved.
-        [Metrics(), Ledger(), Progress(), Saving(), Evaluation(evalsets, at_start=stage.scores_start)],
+        [
+            Metrics(),
+            Ledger(),
+            Progress(),
+            Saving(),
+            Evaluation(evalsets, at_start=stage.scores_start),
+        ],
         step=state["step"],
         totals=Totals(**state["totals"]),
         attempt=attempt,

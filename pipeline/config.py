@@ -100,9 +100,7 @@ class RunConfig:
         "DecLLM finetuning: input tokens see each other in both directions", False
     )
 
-    threads: int = option(
-        "CPU threads of a rank (0: its share of the cores)", 0, minimum=0
-    )
+    threads: int = option("CPU threads of a rank (0: its share of the cores)", 0, minimum=0)
     collective_timeout: int = option("seconds before a stuck collective fails", 600, minimum=1)
 
     @property
@@ -228,7 +226,9 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"ds_config={path!r}: {error.strerror}; give a file of ds_configs/") from error
+        raise UserError(
+            f"ds_config={path!r}: {error.strerror}; give a file of ds_configs/"
+        ) from error
     except ValueError as error:
         raise UserError(f"ds_config={path!r}: not JSON ({error}); mend the file") from error
     foreign = sorted(set(settings) - DEEPSPEED_KEYS)

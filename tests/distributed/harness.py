@@ -16,7 +16,13 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-PRELOAD = ["torch", "torch._dynamo", "torch.distributed.checkpoint", "deepspeed", "pipeline.assemble"]
+PRELOAD = [
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "deepspeed",
+    "pipeline.assemble",
+]
 
 
 def run_ranks(
