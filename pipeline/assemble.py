@@ -200,11 +200,11 @@ def _train(
     from pipeline.callbacks.progress import Progress
     from pipeline.callbacks.records import Ledger, Metrics
     from pipeline.callbacks.saving import Saving
-    from pipeline.data.tokenizer import Tokenizer
+    from pipeline.data.tokenizer import load as load_tokenizer
     from pipeline.trainer import Totals, Trainer
 
     world = distributed.start(timeout_seconds=config.collective_timeout, threads=config.threads)
-    tokenizer = Tokenizer.load(Path(config.data) / "tokenizer.model")
+    tokenizer = load_tokenizer(Path(config.data) / "tokenizer.model")
     source, evalsets = stage.prepare(config, model_config, tokenizer, world)
     engine = make_engine(config, model_config.vocab_size, ds_settings, world)
     found = checkpoint.newest_good(folder.checkpoints, world)

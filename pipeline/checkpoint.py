@@ -95,7 +95,7 @@ def newest_good(folder: Path, world: World) -> Path | None:
 
 
 def _fault(path: Path, world: World) -> str | None:
-    """What is wrong with the checkpoint, agreed by all ranks; each hashes its share of the files."""
+    """What is wrong with the checkpoint; each rank hashes its share and all agree."""
     fault = None
     try:
         expected = json.loads((path / COMPLETE).read_text(encoding="utf-8"))["sha256"]
@@ -164,7 +164,8 @@ def _sharded_state(
 
 
 def _sharded(local: torch.Tensor, numel: int, mesh: DeviceMesh) -> DTensor:
-    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=(numel,), stride=(1,))
+    shape = torch.Size([numel])
+    return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=(1,))
 
 
 def _make_optimizer_state(engine: Any, saved: Mapping[str, Any]) -> None:

@@ -62,11 +62,11 @@ def main() -> None:
     from pipeline import checkpoint, distributed
     from pipeline.assemble import make_engine
     from pipeline.data.loader import SequenceStore
-    from pipeline.data.tokenizer import Tokenizer
+    from pipeline.data.tokenizer import load as load_tokenizer
     from pipeline.evaluation.perplexity import block_set, evaluate
 
     store = SequenceStore(config.data, "validation", config.seq_len)
-    tokenizer = Tokenizer.load(Path(config.data) / "tokenizer.model")
+    tokenizer = load_tokenizer(Path(config.data) / "tokenizer.model")
     world = distributed.start(timeout_seconds=config.collective_timeout, threads=config.threads)
     lengths = tokenizer.byte_lengths()
     evalset = block_set(name, store, config, lengths, world, bos=tokenizer.bos)

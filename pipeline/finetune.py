@@ -1,4 +1,4 @@
-"""Finetuning on instructions: `deepspeed pipeline/finetune.py --config run.yaml [--key=value …]`."""
+"""Finetuning: `deepspeed pipeline/finetune.py --config run.yaml [--key=value …]`."""
 
 from __future__ import annotations
 

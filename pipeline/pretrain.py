@@ -1,4 +1,4 @@
-"""Pretraining: `deepspeed [--hostfile H] pipeline/pretrain.py --config run.yaml [--key=value …]`."""
+"""Pretraining: `deepspeed pipeline/pretrain.py --config run.yaml [--key=value …]`."""
 
 from __future__ import annotations
 

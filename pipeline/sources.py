@@ -47,7 +47,7 @@ class Source(Protocol):
 def sample_hash(number: int, ids: np.ndarray) -> int:
     """xxh3 of one sample: its number (8 bytes, little-endian) and its ids as uint32."""
     digest = xxhash.xxh3_64(number.to_bytes(8, "little"))
-    digest.update(np.ascontiguousarray(ids, dtype="<u4"))
+    digest.update(np.asarray(ids, dtype="<u4").tobytes())
     return digest.intdigest()
 
 

@@ -24,7 +24,7 @@ from pipeline.data.loader import SequenceStore
 from pipeline.data.order import Permutation, derive_key
 from pipeline.distributed import World, sum_over_ranks
 
-# Which held-out pairs are chosen does not depend on the run's seed: every run is scored on the same.
+# Which pairs are chosen does not depend on the run's seed: every run is scored on the same.
 EVALUATION_SEED = 0
 
 

@@ -16,7 +16,8 @@ def build_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimize
     torch's own: element-wise, so the flat shard that ZeRO hands it changes nothing, and DeepSpeed's
     would be compiled on first use.
     """
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             shape = getattr(parameter, "ds_shape", parameter.shape)
