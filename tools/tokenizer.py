@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-import os
+import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.options import UserError, option
 
+if TYPE_CHECKING:
+    from tools.corpus import InputFile
+
+FORMAT = 1
 # Each sentence is one piece of a document: short enough for the trainer's limit, long enough for
 # indentation after a newline to be seen whole.
 _SENTENCE_BYTES = 4000
@@ -30,7 +35,8 @@ class Options:
     The model is lossless: identity normalisation, all white space kept, bytes for characters it
     lacks. It holds [PAD] [BOS] [EOD] [MASK] and <extra_id_0> … <extra_id_99> as control pieces,
     which text can never produce. Inputs are read as by isoflop tokenize; a sample of them, spread
-    over all files, is enough. A FILE that was made from the same sample is left as it is.
+    over all files, is enough. FILE.json says what FILE was made from: the same command again
+    leaves it alone, another one is refused.
     """
 
     input: tuple[str, ...] = option("globs of .jsonl, .jsonl.zst, .jsonl.gz", metavar="GLOB,…")
@@ -49,37 +55,73 @@ class Options:
 
 def run(options: Options) -> None:
     """Sample, train, and put the model into place."""
+    from pipeline.data.manifest import write_atomically
     from tools.corpus import find_inputs
 
     files = find_inputs(options.input)
+    output = Path(options.output)
+    names = ("vocab_size", "model_type", "max_megabytes", "text_field", "seed")
+    origin = {
+        "format": FORMAT,
+        **{name: getattr(options, name) for name in names},
+        "inputs": [[file.name, file.size, file.probe()] for file in files],
+    }
+    if is_made(output, origin):
+        print(f"tokenizer: {output} is complete")
+        return
     started = time.monotonic()
-    texts: list[str] = []
-    size = 0
-    for text in sample_texts(files, options.max_megabytes * 1e6, options.seed, options.text_field):
-        texts.append(text)
-        size += len(text.encode())
+    max_bytes = options.max_megabytes * 1e6
+    texts = list(sample_texts(files, max_bytes, options.seed, options.text_field))
     if not texts:
         raise UserError(
             f"input={','.join(options.input)!r}: no row has text in its field "
             f"{options.text_field!r}; give --text_field"
         )
     model = train(texts, options.vocab_size, options.model_type)
-    output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    if output.is_file() and output.read_bytes() == model:
-        print(f"tokenizer: {output} is this very model already")
-        return
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    partial.write_bytes(model)
-    os.replace(partial, output)
+    digest = {"sha256": hashlib.sha256(model).hexdigest()}
+    # Before the model: without a model that has this digest it means nothing.
+    write_atomically(origin_path(output), json.dumps({**origin, **digest}) + "\n")
+    write_atomically(output, model)
+    size = sum(len(text.encode()) for text in texts)
     print(
         f"tokenizer: {output}, {options.model_type} of {options.vocab_size} ids from "
         f"{size / 1e6:.1f} MB of {len(files)} files in {time.monotonic() - started:.1f} s"
     )
 
 
+def origin_path(output: Path) -> Path:
+    """The file beside a model that says what it was made from."""
+    return output.with_name(output.name + ".json")
+
+
+def is_made(output: Path, origin: dict[str, Any]) -> bool:
+    """Whether the model is there and of this origin.
+
+    Raises:
+        UserError: it is there and of another, or of none that is known.
+    """
+    if not output.exists():
+        return False
+    try:
+        known = json.loads(origin_path(output).read_bytes())
+        intact = known.pop("sha256") == hashlib.sha256(output.read_bytes()).hexdigest()
+    except (OSError, ValueError, KeyError):
+        known, intact = {}, False
+    remedy = "give another --output, or remove it"
+    if not intact:
+        raise UserError(
+            f"output={str(output)!r}: exists, and not as this command made it; {remedy}"
+        )
+    for name, value in origin.items():
+        if known.get(name) != value:
+            told = "other inputs" if name == "inputs" else f"{name} {known.get(name)!r}"
+            raise UserError(f"output={str(output)!r}: was made with {told}; {remedy}")
+    return True
+
+
 def sample_texts(
-    files: Iterable[object], max_bytes: float, seed: int, text_field: str = "text"
+    files: Sequence[InputFile], max_bytes: float, seed: int, text_field: str = "text"
 ) -> Iterator[str]:
     """Texts of about `max_bytes` UTF-8 bytes in all, spread over all files by their size.
 
@@ -89,26 +131,29 @@ def sample_texts(
     """
     import random
 
-    from tools.corpus import InputFile, read_documents
+    from tools.corpus import Reject, read_documents
 
-    chosen = [file for file in files if isinstance(file, InputFile)]
-    lengths = [f.size * (1 if f.splittable else _UNPACKED_PER_STORED) for f in chosen]
+    lengths = [f.size * (1 if f.splittable else _UNPACKED_PER_STORED) for f in files]
     total = max(1, sum(lengths))
     generator = random.Random(seed)
-    for file, length in zip(chosen, lengths, strict=True):
+    for file, length in zip(files, lengths, strict=True):
         budget = min(1.0, max_bytes / total) * length
         whole = max_bytes >= total or not file.splittable
-        windows = [0.0] if whole else [(i + generator.random()) / _WINDOWS for i in range(_WINDOWS)]
-        for window in windows:
-            left = budget / len(windows)
-            begin = int(window * file.size)
+        count = 1 if whole else max(1, min(_WINDOWS, int(budget / _DOCUMENT_CHARACTERS)))
+        spent = 0
+        for window in range(count):
+            begin = 0 if whole else int((window + generator.random()) / count * file.size)
+            # A document too many in one window is taken from the next ones.
+            enough = budget * (window + 1) / count
+            if spent >= enough:
+                continue
             for document in read_documents(file.path, begin, None, text_field):
-                if not hasattr(document, "text"):
+                if isinstance(document, Reject):
                     continue
                 text = document.text[:_DOCUMENT_CHARACTERS]
                 yield text
-                left -= len(text.encode())
-                if left <= 0:
+                spent += len(text.encode())
+                if spent >= enough:
                     break
 
 

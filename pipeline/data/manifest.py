@@ -60,6 +60,7 @@ class Input:
         documents: rows that became tokens.
         rejects: rows that did not, by reason.
         replaced_surrogates: lone surrogates that became U+FFFD.
+        truncated: FLAN rows whose inputs or targets were longer than allowed.
     """
 
     path: str
@@ -69,6 +70,7 @@ class Input:
     documents: int
     rejects: dict[str, int]
     replaced_surrogates: int
+    truncated: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

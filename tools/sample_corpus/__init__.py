@@ -20,9 +20,9 @@ class Options:
     """Real text of this Python installation, laid out and shaped like RedPajama's files.
 
     Library source becomes github, READMEs of installed distributions common_crawl, the language
-    reference wikipedia, docstrings stackexchange, licences and other long texts book; defects of
-    RedPajama's files included. Beside them OUT/flan/{train,heldout} holds instruction rows shaped
-    like FLAN's, made of code that is in none of the others. Only the standard library and what
+    reference wikipedia, docstrings stackexchange, licences and other long texts book, all below
+    OUT/redpajama, defects of RedPajama's files included. OUT/flan/{train,heldout} holds instruction
+    rows shaped like FLAN's, made of code that is in none of the others. Only the standard library and what
     isoflop itself needs are read, so the corpus does not depend on what else is installed.
     """
 
@@ -49,7 +49,7 @@ def run(options: Options) -> None:
     partial.mkdir()
     installation = Installation.find()
     texts = gather(installation, int(options.megabytes * 1e6), options.seed)
-    sources = write_corpus(partial, texts, options.seed)
+    sources = write_corpus(partial / "redpajama", texts, options.seed)
     flan = write_instructions(partial / "flan", installation, options.seed)
     marker = {"parameters": parameters, "sources": sources, "flan": flan}
     (partial / MARKER).write_text(json.dumps(marker, indent=1) + "\n")

@@ -23,7 +23,8 @@ _HELDOUT = 0.1  # of the functions
 _ROWS = 1500  # at most, of a training task
 _HELDOUT_ROWS = 150  # at most, of a task in the held-out split
 _ENOUGH_UNITS = 4000
-_SOURCE_CHARACTERS = 700  # longer functions are passed over where the source is shown
+_SOURCE_CHARACTERS = 400  # longer functions are passed over where the source is shown
+_EXAMPLE_CHARACTERS = 150  # longer ones are not put in front as an example
 _HIDDEN = "____"
 
 
@@ -105,7 +106,7 @@ TASKS = (
     ),
     TaskKind(
         "docstring_to_signature",
-        lambda u: _if(not u.is_class, f"{u.summary}\n{u.rest[:300]}".strip(), u.signature),
+        lambda u: _if(not u.is_class, f"{u.summary}\n{u.rest[:200]}".strip(), u.signature),
         ("Write the def line of a Python function:\n\n{}\n", "{}\n\nWhich signature fits?"),
     ),
     TaskKind(
@@ -205,7 +206,7 @@ def gather_units(installation: Installation, seed: int) -> list[Unit]:
 
 
 def rows_of(task: TaskKind, units: list[Unit], limit: int, seed: int) -> Iterator[dict[str, str]]:
-    """Rows of one task: two templates, half of them with an example in front."""
+    """Rows of one task: two templates, some with an example in front."""
     count = 0
     example: tuple[str, str] | None = None
     for unit in units:
@@ -215,7 +216,7 @@ def rows_of(task: TaskKind, units: list[Unit], limit: int, seed: int) -> Iterato
         draw = _fraction(seed, task.name, unit.module, unit.name, unit.signature)
         template = task.templates[int(draw * 2)]
         inputs = template.replace("{}", made[0])
-        few_shot = example is not None and draw * 2 % 1 < 0.5
+        few_shot = example is not None and draw * 2 % 1 < 0.25
         if few_shot and example is not None:
             inputs = f"{template.replace('{}', example[0])}\n{example[1]}\n\n{inputs}"
         yield {
@@ -225,7 +226,8 @@ def rows_of(task: TaskKind, units: list[Unit], limit: int, seed: int) -> Iterato
             "task_name": task.name,
             "template_type": "fs_noopt" if few_shot else "zs_noopt",
         }
-        example = made
+        if len(made[0]) + len(made[1]) <= _EXAMPLE_CHARACTERS:
+            example = made
         count += 1
 
 
