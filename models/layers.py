@@ -8,6 +8,7 @@ a module's own parameters around its forward, can run any of this.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.activations import gelu, swiglu
 from models.config import ModelConfig
 from models.losses import LossTerms, linear_cross_entropy, linear_token_nll
 
@@ -215,8 +217,8 @@ class FeedForward(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., d] → [..., d]."""
         if self.gate is None:
-            return self.down(F.gelu(self.up(hidden), approximate="tanh"))
-        return self.down(F.silu(self.gate(hidden)) * self.up(hidden))
+            return self.down(gelu(self.up(hidden)))
+        return self.down(swiglu(self.gate(hidden), self.up(hidden)))
 
 
 class Block(nn.Module):
@@ -269,7 +271,7 @@ class Block(nn.Module):
         return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
 
 
-def run_block(block: nn.Module, config: ModelConfig, *args: Any, **kwargs: Any) -> Any:
+def run_block(block: Callable[..., Tensor], config: ModelConfig, *args: Any, **kwargs: Any) -> Any:
     """Call `block`, keeping only its inputs for the backward pass where the config says so."""
     if config.activation_checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False, **kwargs)
