@@ -7,10 +7,13 @@ and where the weights start.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterable
+import time
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +29,7 @@ from pipeline.config import (
     read_deepspeed_file,
 )
 from pipeline.data.manifest import Manifest, read_manifest
-from pipeline.options import UserError
+from pipeline.options import UserError, convert
 from pipeline.run_folder import RunFolder
 
 # What a run may change when it goes on: nothing that moves a loss.
@@ -76,9 +79,44 @@ def run_stage(stage: Stage) -> None:
     if any(word in ("--help", "-h") for word in argv):
         print(program_help(stage.program, stage.purpose))
         return
+    main_rank = os.environ.get("RANK", "0") == "0"
+    try:
+        plan = check_run(stage, argv)
+        if main_rank and not plan.folder.is_finished:
+            plan.folder.lock()
+    except UserError:
+        if main_rank:
+            raise
+        # Every rank finds the same mistakes and one tells. Were this rank to end first, the
+        # launcher could end rank 0 before it has spoken.
+        time.sleep(10)
+        sys.exit(2)
+    if plan.folder.is_finished:
+        if main_rank:
+            print(f"{plan.config.name}: finished before; nothing to do", flush=True)
+        return
+    _train(stage, plan)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run whose every setting was checked, before any work."""
+
+    config: RunConfig
+    model: ModelConfig
+    ds_settings: dict[str, Any]
+    folder: RunFolder
+    document: dict[str, Any]
+
+
+def check_run(stage: Stage, argv: Sequence[str]) -> Plan:
+    """Read and check all that a run is told. Raises UserError."""
     config = load_with_file(RunConfig, argv, stage.program)
-    if not config.name:
-        config = dataclasses.replace(config, name=Path(config.run_dir).name)
+    config = dataclasses.replace(
+        config,
+        name=config.name or Path(config.run_dir).name,
+        model=convert_overrides(config.model),
+    )
     ds_settings = read_deepspeed_file(config.ds_config)
     manifest = read_manifest(config.data)
     model_config = resolve_model(config, manifest.tokenizer.vocab_size)
@@ -89,11 +127,23 @@ def run_stage(stage: Stage) -> None:
     folder = RunFolder(config.run_dir)
     document = describe(stage, config, model_config, manifest, world_size)
     refuse_other_run(folder, document)
-    if folder.is_finished:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{config.name}: finished before; nothing to do", flush=True)
-        return
-    _train(stage, config, model_config, ds_settings, folder, document)
+    return Plan(config, model_config, ds_settings, folder, document)
+
+
+def convert_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's overrides with the types of ModelConfig's fields. Raises UserError."""
+    hints = typing.get_type_hints(ModelConfig)
+    converted = {}
+    for key, value in overrides.items():
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            remedy = f"did you mean {close[0]}?" if close else f"give one of {', '.join(hints)}"
+            raise UserError(f"model.{key}={value!r}: not a field of the model; {remedy}")
+        try:
+            converted[key] = convert(value, hints[key])
+        except UserError as error:
+            raise UserError(f"model.{key}={value!r}: {error}") from error
+    return converted
 
 
 def resolve_model(config: RunConfig, vocab_size: int) -> ModelConfig:
@@ -186,14 +236,8 @@ def make_engine(config: RunConfig, vocab_size: int, ds_settings: dict[str, Any],
     return distributed.start_engine(model, build_optimizer(model, config), settings)
 
 
-def _train(
-    stage: Stage,
-    config: RunConfig,
-    model_config: ModelConfig,
-    ds_settings: dict[str, Any],
-    folder: RunFolder,
-    document: dict[str, Any],
-) -> None:
+def _train(stage: Stage, plan: Plan) -> None:
+    config, folder = plan.config, plan.folder
     # torch and deepspeed take seconds to import: only now, when nothing is left to be refused.
     from pipeline import checkpoint, distributed
     from pipeline.callbacks.evaluation import Evaluation
@@ -205,8 +249,8 @@ def _train(
 
     world = distributed.start(timeout_seconds=config.collective_timeout, threads=config.threads)
     tokenizer = load_tokenizer(Path(config.data) / "tokenizer.model")
-    source, evalsets = stage.prepare(config, model_config, tokenizer, world)
-    engine = make_engine(config, model_config.vocab_size, ds_settings, world)
+    source, evalsets = stage.prepare(config, plan.model, tokenizer, world)
+    engine = make_engine(config, plan.model.vocab_size, plan.ds_settings, world)
     found = checkpoint.newest_good(folder.checkpoints, world)
     attempt = distributed.same_everywhere(folder.last_attempt() if world.is_main else 0) + 1
     state: dict[str, Any] = {"step": 0, "totals": {}}
@@ -222,12 +266,12 @@ def _train(
     if world.is_main:
         if found is None:
             folder.path.mkdir(parents=True, exist_ok=True)
-            folder.write_config(document)
+            folder.write_config(plan.document)
         folder.cut_torn_lines()
         start = f"goes on from step {state['step']}" if found is not None else "starts"
         print(
             f"{config.name}: {start}; {config.arch} {config.size}, "
-            f"{document['parameters']['total']:,} parameters, {config.steps} steps, "
+            f"{plan.document['parameters']['total']:,} parameters, {config.steps} steps, "
             f"{world.size} rank(s), ZeRO-{engine.zero_optimization_stage()}",
             flush=True,
         )

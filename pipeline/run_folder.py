@@ -6,8 +6,11 @@ is repeated after a restart appears again with the next `attempt`, and the last 
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,9 +57,9 @@ class RunFolder:
         write_atomically(self.config_file, json.dumps(config, indent=2) + "\n")
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Add one line to the file `name`."""
+        """Add one line to the file `name`; numbers that are not finite become null."""
         with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
 
     def cut_torn_lines(self) -> None:
         """Remove an unfinished last line from each .jsonl file."""
@@ -74,9 +77,36 @@ class RunFolder:
         lines = file.read_bytes().splitlines()
         return int(json.loads(lines[-1])["attempt"]) if lines else 0
 
+    def lock(self) -> None:
+        """Keep every other process from training this run until this one ends, however it ends.
+
+        Raises UserError where another holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        # Kept open for as long as the process lives: the kernel drops the lock with it.
+        self._lock = (self.path / ".lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            raise UserError(
+                f"run_dir={str(self.path)!r}: process {self._lock.read().strip() or '?'} is "
+                "training it; wait for it or stop it"
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        self._lock.flush()
+
     def finish(self) -> None:
         """Mark the run as complete."""
         self.finished_file.touch()
+
+
+def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in record.items()
+    }
 
 
 def write_atomically(path: Path, text: str) -> None:

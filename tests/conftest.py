@@ -1,0 +1,76 @@
+"""Small real data that tests of the pipeline and the tools train on, made once a session."""
+
+from __future__ import annotations
+
+import json
+import os
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+# One thread a process: tests run side by side on few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture(scope="session")
+def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder laid out as RedPajama's, of the standard library's source: about 1.5 MB."""
+    folder = tmp_path_factory.mktemp("corpus")
+    library = Path(sysconfig.get_path("stdlib"))
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in library.glob("*.py")]
+    texts = sorted(texts, key=len)[:110]
+    for source, part in (("github/filtered_0.jsonl", 0), ("wikipedia/wiki.jsonl", 1)):
+        path = folder / source
+        path.parent.mkdir()
+        rows = [{"text": text, "meta": {}} for text in texts[part::2]]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards_dir(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shard folder of `corpus_dir`: 512 ids, blocks of 1,024."""
+    from tools.cli import dispatch
+
+    folder = tmp_path_factory.mktemp("data")
+    model = folder / "t.model"
+    shards = folder / "shards"
+    dispatch(f"tokenizer train --input {corpus_dir} --output {model} --vocab_size 512".split())
+    dispatch(
+        f"tokenize --input {corpus_dir} --output {shards} --tokenizer {model} "
+        "--block_tokens 1024 --validation_fraction 0.1".split()
+    )
+    return shards
+
+
+@pytest.fixture(scope="session")
+def flan_dir(shards_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FLAN folder: names of functions from their first lines, 24 tasks' rows held out."""
+    from tools.cli import dispatch
+
+    folder = tmp_path_factory.mktemp("flan")
+    library = Path(sysconfig.get_path("stdlib"))
+    rows = []
+    for file in sorted(library.glob("*.py"))[:60]:
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("def ") and line.endswith(":"):
+                rows.append(
+                    {
+                        "inputs": f"Name the function.\n{line}",
+                        "targets": line[4:].partition("(")[0],
+                        "task_source": "CoT",
+                        "task_name": "function_name",
+                        "template_type": "zs_noopt",
+                    }
+                )
+    for split, part in (("train", rows[::2]), ("heldout", rows[1::2])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    made = folder / "made"
+    dispatch(
+        f"flan --input {folder}/train.jsonl --validation_input {folder}/heldout.jsonl "
+        f"--output {made} --tokenizer {shards_dir}/tokenizer.model "
+        "--max_input 48 --max_target 16".split()
+    )
+    return made

@@ -1,0 +1,230 @@
+"""Whole runs on forked ranks: the same numbers as plain PyTorch, on any world, after any stop."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed.entry import flags, losses, records, run_entry
+from tests.distributed.harness import run_ranks
+
+pytestmark = pytest.mark.distributed
+ARCHITECTURES = ["decllm", "redllm", "entp"]
+
+
+def plain_losses(shards: Path, arch: str, steps: int) -> list[float]:
+    """The same training in one process of plain PyTorch: no engine, no source, no trainer."""
+    from models.batch import Batch
+    from models.config import named
+    from models.registry import build
+    from pipeline.data.loader import SequenceStore, TrainingOrder
+
+    torch.manual_seed(0)
+    model = build(named(arch, "nano", vocab_size=512, max_seq_len=16))
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+    )
+    order = TrainingOrder(SequenceStore(shards, "train", 16), seed=0)
+    bos = order.store.manifest.tokenizer.special_ids["bos"]
+    found = []
+    for step in range(steps):
+        samples = order.batch(step * 12, 12)
+        x = torch.from_numpy(samples.ids.astype("int64"))
+        start = torch.full((12, 1), bos)
+        if arch == "redllm":
+            encoder, targets = x[:, :8], x[:, 8:]
+        else:
+            encoder, targets = None, x
+        inputs = torch.cat([start, targets[:, :-1]], 1)
+        mask = torch.ones_like(targets, dtype=torch.bool)
+        batch = Batch(inputs, targets, mask, encoder_ids=encoder)
+        # The peak at step 0, then the half cosine to a tenth at the last step.
+        share = (1 + math.cos(math.pi * step / (steps - 1))) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * (0.1 + 0.9 * share)
+        optimizer.zero_grad()
+        nll = 0.0
+        for terms in model.loss_chunks(batch, 1e-4):
+            (terms.objective / mask.sum()).backward()
+            nll += float(terms.nll)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        found.append(nll / int(mask.sum()))
+    return found
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_zero3_equals_plain_pytorch_on_any_number_of_ranks(
+    arch: str, shards_dir: Path, tmp_path: Path
+) -> None:
+    expected = plain_losses(shards_dir, arch, 6)
+    ledgers = []
+    for world_size, micro_batch in ((1, 12), (2, 6), (2, 2), (3, 4)):
+        run = tmp_path / f"{world_size}-{micro_batch}"
+        run_entry("pretrain", world_size, flags(run, shards_dir, arch, micro_batch=micro_batch))
+        assert list(losses(run).values()) == pytest.approx(expected, rel=1e-5)
+        ledgers.append([(r["start"], r["end"], r["hash"]) for r in records(run, "ledger.jsonl")])
+    # Every world size sees the same global batches.
+    assert all(ledger == ledgers[0] for ledger in ledgers)
+    assert len({line[2] for line in ledgers[0]}) == 6
+
+
+def test_a_run_folder_holds_what_it_promises(shards_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_entry("pretrain", 2, flags(run, shards_dir, eval_every=2, checkpoint_every=2))
+    assert (run / "FINISHED").exists()
+    assert any((run / "tensorboard").iterdir())
+    metrics = records(run, "metrics.jsonl")
+    assert [r["step"] for r in metrics] == [1, 2, 3, 4, 5, 6]
+    assert metrics[-1]["processed_tokens"] == metrics[-1]["loss_tokens"] == 6 * 12 * 16
+    assert metrics[-1]["flops_model_causal"] == pytest.approx(6 * metrics[0]["flops_model_causal"])
+    evals = records(run, "eval.jsonl")
+    assert [(r["step"], r["final"]) for r in evals] == [(2, False), (4, False), (6, True)]
+    assert evals[-1]["loss"] < evals[0]["loss"]
+    assert evals[-1]["eval_tokens"] == 10 * 8
+    # keep_checkpoints is 2.
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step_4", "step_6"]
+
+
+def test_evaluation_is_the_same_on_any_world_and_for_any_cut(
+    shards_dir: Path, tmp_path: Path
+) -> None:
+    """Ten sequences on three ranks: one rank has a row that only fills up."""
+    run = tmp_path / "run"
+    run_entry("pretrain", 1, flags(run, shards_dir))
+    for world_size, micro_batch in ((1, 3), (2, 5), (3, 2)):
+        run_entry(
+            "evaluate",
+            world_size,
+            {"run": run, "eval_sequences": 10, "eval_micro_batch": micro_batch},
+        )
+    first, *others = records(run, "eval.jsonl")
+    assert len(others) == 3
+    for other in others:
+        assert other["loss"] == pytest.approx(first["loss"], rel=1e-6)
+        assert other["eval_tokens"] == first["eval_tokens"]
+        assert other["unigram_entropy"] == first["unigram_entropy"]
+
+
+def stop_in_step(argv: list[str], step: int) -> None:
+    """Train, and get SIGINT on rank 1 alone while step `step` is under way."""
+    import sys
+
+    from pipeline import pretrain, trainer
+    from pipeline.assemble import run_stage
+
+    original = trainer.Trainer._backward
+
+    def interrupted(self: trainer.Trainer, *args: object) -> object:
+        if self.step == step and self.world.rank == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args)  # type: ignore[arg-type]
+
+    trainer.Trainer._backward = interrupted  # type: ignore[assignment,method-assign]
+    sys.argv = ["pipeline/pretrain.py", *argv]
+    try:
+        run_stage(pretrain.STAGE)
+    except SystemExit as stopped:
+        assert stopped.code == 130
+
+
+@pytest.mark.parametrize("arch", ["decllm", "entp"])
+def test_a_stopped_run_goes_on_bit_for_bit(arch: str, shards_dir: Path, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    changes = {"model.dropout": 0.1}
+    run_entry("pretrain", 2, flags(whole, shards_dir, arch, **changes))
+    asked = flags(stopped, shards_dir, arch, **changes)
+    run_ranks(stop_in_step, 2, [f"--{key}={value}" for key, value in asked.items()], 2)
+    assert not (stopped / "FINISHED").exists()
+    assert list(losses(stopped)) == [1, 2, 3]
+    run_entry("pretrain", 2, asked)
+    assert losses(stopped) == losses(whole)
+    assert records(stopped, "eval.jsonl")[-1]["loss"] == records(whole, "eval.jsonl")[-1]["loss"]
+    totals = [records(run, "metrics.jsonl")[-1]["flops_hardware"] for run in (whole, stopped)]
+    assert totals[0] == totals[1]
+
+
+def test_a_run_goes_on_at_another_world_size(shards_dir: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    run_entry("pretrain", 2, flags(whole, shards_dir, checkpoint_every=2, keep_checkpoints=9))
+    for world_size in (1, 3):
+        moved = tmp_path / f"on-{world_size}"
+        shutil.copytree(whole, moved)
+        for step in (4, 6):
+            shutil.rmtree(moved / "checkpoints" / f"step_{step}")
+        (moved / "FINISHED").unlink()
+        run_entry("pretrain", world_size, flags(moved, shards_dir, checkpoint_every=2))
+        attempts = [r for r in records(moved, "metrics.jsonl") if r["attempt"] == 2]
+        assert [r["step"] for r in attempts] == [3, 4, 5, 6]
+        assert losses(moved) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(
+    shards_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    asked = flags(run, shards_dir, checkpoint_every=3)
+    run_entry("pretrain", 2, asked)
+    before = losses(run)
+    (run / "FINISHED").unlink()
+    flip_a_bit(run / "checkpoints" / "step_6" / "__1_0.distcp")
+    run_entry("pretrain", 2, asked)
+    again = [r for r in records(run, "metrics.jsonl") if r["attempt"] == 2]
+    assert {r["step"]: r["loss"] for r in again} == {s: before[s] for s in (4, 5, 6)}
+
+    (run / "FINISHED").unlink()
+    for step in (3, 6):
+        flip_a_bit(run / "checkpoints" / f"step_{step}" / "__0_0.distcp")
+    with pytest.raises(AssertionError, match="none of 2 is whole"):
+        run_entry("pretrain", 2, asked)
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("arch", ["decllm", "redllm"])
+def test_finetuning_starts_from_its_parent_and_learns(
+    arch: str, shards_dir: Path, flan_dir: Path, tmp_path: Path
+) -> None:
+    parent, child = tmp_path / "parent", tmp_path / "child"
+    run_entry("pretrain", 2, flags(parent, shards_dir, arch))
+    run_entry(
+        "finetune",
+        2,
+        flags(
+            child, shards_dir, arch, init_from=parent, flan=flan_dir, steps=12, schedule="constant"
+        )
+        | ({"bidirectional_inputs": "true"} if arch == "decllm" else {}),
+    )
+    scored = {(r["eval_set"], r["step"]): r for r in records(child, "eval.jsonl")}
+    # The weights it starts from are the parent's: so is their loss on the same held-out tokens.
+    own = records(parent, "eval.jsonl")[-1]
+    assert scored["validation", 0]["loss"] == pytest.approx(own["loss"], rel=1e-6)
+    assert scored["flan_heldout", 12]["loss"] < scored["flan_heldout", 0]["loss"]
+    # Its costs are counted on top of its parent's.
+    assert scored["validation", 0]["flops_model_causal"] == own["flops_model_causal"]
+    assert scored["validation", 12]["flops_model_causal"] > own["flops_model_causal"]
+
+
+def test_a_non_finite_step_is_skipped_counted_and_ends_the_run(
+    shards_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(AssertionError, match="max_skipped_steps=2: that many steps in a row"):
+        run_entry("pretrain", 2, flags(run, shards_dir, lr=1e30, max_skipped_steps=2, grad_clip=0))
+    skipped = [r["skipped"] for r in records(run, "metrics.jsonl")]
+    assert skipped[-2:] == [True, True]
+    assert records(run, "metrics.jsonl")[-1]["grad_norm"] is None
+    assert [r["event"] for r in records(run, "ledger.jsonl")][-2:] == ["skipped", "skipped"]
