@@ -44,33 +44,40 @@ def stages(root: Path, scale: float) -> list[Stage]:
     finetuning = [
         _launch("finetune", finetune_config(runs, shards, flan, arch, scale)) for arch in FINETUNED
     ]
-    text = f"{corpus}/redpajama"
+    text = corpus / "redpajama"
     return [
-        Stage("sample-corpus", ("isoflop", "sample-corpus", str(corpus))),
-        Stage(
-            "tokenizer train",
-            ("isoflop", "tokenizer", "train", "--input", text, "--output", str(tokenizer))
-            + ("--vocab_size", str(VOCAB_SIZE), "--max_megabytes", "3"),
+        _isoflop("sample-corpus", corpus),
+        _isoflop(
+            "tokenizer train", input=text, output=tokenizer, vocab_size=VOCAB_SIZE, max_megabytes=4
         ),
-        Stage(
+        _isoflop(
             "tokenize",
-            ("isoflop", "tokenize", "--input", text, "--output", str(shards))
-            + ("--tokenizer", str(tokenizer), "--workers", "2", "--block_tokens", "16384")
-            + ("--task_bytes", "2000000", "--validation_fraction", "0.02"),
+            input=text,
+            output=shards,
+            tokenizer=tokenizer,
+            workers=RANKS,
+            block_tokens=16384,
+            task_bytes=2_000_000,
+            validation_fraction=0.02,
         ),
-        Stage(
+        _isoflop(
             "flan",
-            ("isoflop", "flan", "--input", f"{corpus}/flan/train", "--output", str(flan))
-            + ("--validation_input", f"{corpus}/flan/heldout", "--tokenizer", str(tokenizer))
-            + ("--max_input", "96", "--max_target", "32"),
+            input=corpus / "flan" / "train",
+            validation_input=corpus / "flan" / "heldout",
+            output=flan,
+            tokenizer=tokenizer,
+            max_input=96,
+            max_target=32,
         ),
         *pretraining,
         *finetuning,
-        Stage(
-            "frontier",
-            ("isoflop", "frontier", "--runs", str(runs), "--output", str(report)),
-        ),
+        _isoflop("frontier", runs=runs, output=report),
     ]
+
+
+def _isoflop(name: str, *words: object, **flags: object) -> Stage:
+    options = [f"--{key}={value}" for key, value in flags.items()]
+    return Stage(name, ("isoflop", *name.split(), *map(str, words), *options))
 
 
 def pretrain_config(runs: Path, shards: Path, arch: str, size: str, scale: float) -> dict[str, Any]:
