@@ -92,7 +92,7 @@ def _join_tails(
         if not record.tails:
             continue
         with np.load(tails_path(output, record.id)) as stored:
-            for split, source in record.tails:
+            for split, source, _ in record.tails:
                 packer = packers.get((split, source))
                 if packer is None:
                     packer = packers[split, source] = BlockPacker(

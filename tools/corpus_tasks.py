@@ -73,7 +73,9 @@ class Settings:
 class Record:
     """What a finished task says of itself; `tasks/{id}.json`.
 
-    `rows` counts lines that are not blank, `documents` those that became tokens.
+    `rows` counts lines that are not blank, `documents` those that became tokens, `tails` how many
+    ids per split and source filled no block: the finaliser puts them, in task order, into the
+    shards of task number `number of tasks`, where a document cut by the last block goes on.
     """
 
     id: int
@@ -83,14 +85,14 @@ class Record:
     rejects: dict[str, int]
     replaced_surrogates: int
     shards: tuple[Shard, ...]
-    tails: tuple[tuple[str, str], ...]
+    tails: tuple[tuple[str, str, int], ...]
 
     @staticmethod
     def read(path: Path) -> Record:
         """The record in file `path`."""
         fields = json.loads(path.read_bytes())
         shards = tuple(Shard(**shard) for shard in fields["shards"])
-        tails = tuple((split, source) for split, source in fields["tails"])
+        tails = tuple((split, source, count) for split, source, count in fields["tails"])
         return Record(**{**fields, "shards": shards, "tails": tails})
 
 
@@ -284,11 +286,11 @@ class _TaskRun:
 
     def _finish(self) -> Record:
         arrays: dict[str, np.ndarray] = {}
-        tails: list[tuple[str, str]] = []
+        tails: list[tuple[str, str, int]] = []
         for (split, source), packer in sorted(self.packers.items()):
             tail = packer.tail()
             if len(tail["ids"]):
-                tails.append((split, source))
+                tails.append((split, source, len(tail["ids"])))
                 arrays.update({f"{split}/{source}/{name}": a for name, a in tail.items()})
         if tails:
             partial = tails_path(self.output, self.task.id).with_suffix(f".{os.getpid()}.partial")

@@ -22,8 +22,8 @@ class Options:
     Library source becomes github, READMEs of installed distributions common_crawl, the language
     reference wikipedia, docstrings stackexchange, licences and other long texts book, all below
     OUT/redpajama, defects of RedPajama's files included. OUT/flan/{train,heldout} holds instruction
-    rows shaped like FLAN's, made of code that is in none of the others. Only the standard library and what
-    isoflop itself needs are read, so the corpus does not depend on what else is installed.
+    rows shaped like FLAN's, made of code that is in none of the others. Only the standard library
+    and what isoflop itself needs are read, so the corpus does not depend on what else is installed.
     """
 
     out: str = option("the folder to write", positional=True, metavar="OUT")
@@ -50,7 +50,7 @@ def run(options: Options) -> None:
     installation = Installation.find()
     texts = gather(installation, int(options.megabytes * 1e6), options.seed)
     sources = write_corpus(partial / "redpajama", texts, options.seed)
-    flan = write_instructions(partial / "flan", installation, options.seed)
+    flan = write_instructions(partial / "flan", installation, options.megabytes, options.seed)
     marker = {"parameters": parameters, "sources": sources, "flan": flan}
     (partial / MARKER).write_text(json.dumps(marker, indent=1) + "\n")
     if out.is_dir():

@@ -22,7 +22,8 @@ TASK_SOURCE = "PythonCode"
 _HELDOUT = 0.1  # of the functions
 _ROWS = 1500  # at most, of a training task
 _HELDOUT_ROWS = 150  # at most, of a task in the held-out split
-_ENOUGH_UNITS = 4000
+_UNITS_PER_MEGABYTE = 250  # of the corpus beside which they stand
+_FEWEST_UNITS, _ENOUGH_UNITS = 300, 4000
 _SOURCE_CHARACTERS = 400  # longer functions are passed over where the source is shown
 _EXAMPLE_CHARACTERS = 150  # longer ones are not put in front as an example
 _HIDDEN = "____"
@@ -188,8 +189,8 @@ def _source_without_docstring(text: str, node: Function) -> str:
     return source if len(source) <= _SOURCE_CHARACTERS else ""
 
 
-def gather_units(installation: Installation, seed: int) -> list[Unit]:
-    """Units in a seeded order, each source and signature with summary once."""
+def gather_units(installation: Installation, enough: int, seed: int) -> list[Unit]:
+    """About `enough` units in a seeded order; each source, each signature with summary once."""
     units: list[Unit] = []
     seen: set[object] = set()
     for file in installation.code_for("instructions", seed):
@@ -200,7 +201,7 @@ def gather_units(installation: Installation, seed: int) -> list[Unit]:
             if len(unit.summary) > 10 and not marks & seen:
                 units.append(unit)
             seen |= marks
-        if len(units) >= _ENOUGH_UNITS:
+        if len(units) >= enough:
             break
     return units
 
@@ -231,9 +232,15 @@ def rows_of(task: TaskKind, units: list[Unit], limit: int, seed: int) -> Iterato
         count += 1
 
 
-def write_instructions(folder: Path, installation: Installation, seed: int) -> dict[str, int]:
-    """Write {train,heldout}/{task}.jsonl.gz below `folder`; rows of each split come back."""
-    units = gather_units(installation, seed)
+def write_instructions(
+    folder: Path, installation: Installation, megabytes: float, seed: int
+) -> dict[str, int]:
+    """Write {train,heldout}/{task}.jsonl.gz below `folder`; rows of each split come back.
+
+    There are fewer of them beside a corpus of few `megabytes`.
+    """
+    enough = max(_FEWEST_UNITS, min(_ENOUGH_UNITS, int(_UNITS_PER_MEGABYTE * megabytes)))
+    units = gather_units(installation, enough, seed)
     sides = {
         "train": [unit for unit in units if not unit.held_out],
         "heldout": [unit for unit in units if unit.held_out],
