@@ -19,9 +19,7 @@ switch.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -37,44 +35,7 @@ from models.prefix_attention import (
     last_token_attention,
     shared_attention,
 )
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Rows `first_row` … `last_row` − 1 of a batch, prefixes ending at `start` … `stop` − 1."""
-
-    first_row: int
-    last_row: int
-    start: int
-    stop: int
-
-
-def plan_chunks(batch_size: int, seq_len: int, max_pairs: int) -> list[Chunk]:
-    """Chunks of at most `max_pairs` (token, prefix) pairs that cover a batch, from shapes alone.
-
-    Whole rows where a row fits; else the prefixes of one row, as even as their lengths allow, which
-    repeat the first layer's projections. A single prefix is never divided.
-    """
-    pairs = seq_len * (seq_len + 1) // 2
-    rows = max_pairs // pairs
-    if rows:
-        return [
-            Chunk(first, min(first + rows, batch_size), 0, seq_len)
-            for first in range(0, batch_size, rows)
-        ]
-    target = pairs / -(-pairs // max_pairs)
-    bounds, filled = [0], 0
-    for t in range(seq_len):
-        if filled and filled + t + 1 > max(target, t + 1):
-            bounds.append(t)
-            filled = 0
-        filled += t + 1
-    bounds.append(seq_len)
-    return [
-        Chunk(row, row + 1, start, stop)
-        for row in range(batch_size)
-        for start, stop in itertools.pairwise(bounds)
-    ]
+from models.prefix_chunks import Chunk, plan_chunks
 
 
 class ENTP(LanguageModel):

@@ -87,12 +87,18 @@ class Linear(nn.Linear):
     """
 
     def __init__(
-        self, fan_in: int, fan_out: int, config: ModelConfig, *, into_residual: bool = False
+        self,
+        fan_in: int,
+        fan_out: int,
+        config: ModelConfig,
+        *,
+        into_residual: bool = False,
+        bias: bool | None = None,
     ) -> None:
         self.std = initial_std(fan_in, config)
         if into_residual and config.scale_residual_init:
             self.std /= math.sqrt(2 * max(config.num_layers, config.num_encoder_layers))
-        super().__init__(fan_in, fan_out, bias=config.bias)
+        super().__init__(fan_in, fan_out, bias=config.bias if bias is None else bias)
 
     def reset_parameters(self) -> None:
         """Weight from N(0, std²), bias zero."""

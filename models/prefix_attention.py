@@ -79,8 +79,8 @@ def shared_attention(scores: Tensor, values: Tensor, prefixes: Prefixes) -> Tens
     """Attention in every prefix, of tokens whose queries, keys and values are the same in all.
 
     That is the first layer. Appending key t to a prefix moves each token's result towards value t:
-    out[i, t] = out[i, t−1] + β·(v_t − out[i, t−1]) with β = exp(s_it − log Σ_{j≤t} exp s_ij), so all
-    prefixes cost one pass over the keys, and no exponent is ever positive.
+    out[i, t] = out[i, t−1] + β·(v_t − out[i, t−1]) with β = exp(s_it − log Σ_{j≤t} exp s_ij), so
+    all prefixes cost one pass over the keys, and no exponent is ever positive.
 
     Args:
         scores: [B, h, S, S], queries by keys, scaled.
