@@ -10,9 +10,11 @@ fire splits the command line but interprets nothing (`SetParseFn(str)`): left al
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
+import math
 import sys
 import textwrap
 import types
@@ -169,21 +171,22 @@ def _convert_scalar(value: object, hint: Any) -> Any:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
         if isinstance(value, str):
-            try:
+            with contextlib.suppress(ValueError):
                 return int(value)
-            except ValueError:
-                pass
         raise UserError("not a whole number; give one such as 4096")
     if hint is float:
+        number = None
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+            number = float(value)
         if isinstance(value, str):
             # YAML 1.1 reads 1e-3 as text, so text is parsed here from wherever it came.
-            try:
-                return float(value)
-            except ValueError:
-                pass
-        raise UserError("not a number; give one such as 0.001")
+            with contextlib.suppress(ValueError):
+                number = float(value)
+        if number is None:
+            raise UserError("not a number; give one such as 0.001")
+        if not math.isfinite(number):
+            raise UserError("not finite; give a number such as 0.001")
+        return number
     if hint is str:
         if isinstance(value, str):
             return value

@@ -13,9 +13,13 @@ import os
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.options import UserError
+
+
+# Open for as long as the process lives: the kernel drops a lock with its file, however it ends.
+_HELD_LOCKS: list[IO[str]] = []
 
 
 class RunFolder:
@@ -83,19 +87,19 @@ class RunFolder:
         Raises UserError where another holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        # Kept open for as long as the process lives: the kernel drops the lock with it.
-        self._lock = (self.path / ".lock").open("a+", encoding="utf-8")
+        handle = (self.path / ".lock").open("a+", encoding="utf-8")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._lock.seek(0)
+            handle.seek(0)
             raise UserError(
-                f"run_dir={str(self.path)!r}: process {self._lock.read().strip() or '?'} is "
+                f"run_dir={str(self.path)!r}: process {handle.read().strip() or '?'} is "
                 "training it; wait for it or stop it"
             ) from None
-        self._lock.truncate(0)
-        self._lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
-        self._lock.flush()
+        handle.truncate(0)
+        handle.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        handle.flush()
+        _HELD_LOCKS.append(handle)
 
     def finish(self) -> None:
         """Mark the run as complete."""

@@ -1,0 +1,147 @@
+"""RunConfig: impossible runs are refused before any work, all mistakes at once."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config import RunConfig, batch_problems, load_with_file, read_deepspeed_file
+from pipeline.optim.schedule import learning_rate
+from pipeline.options import UserError
+
+BASE = {
+    "run_dir": "r",
+    "data": "d",
+    "arch": "decllm",
+    "size": "nano",
+    "steps": 10,
+    "global_batch": 12,
+    "ds_config": "ds_configs/cpu.json",
+}
+
+
+def load_flags(**changes: object) -> RunConfig:
+    argv = [f"--{key}={value}" for key, value in {**BASE, **changes}.items()]
+    return load_with_file(RunConfig, argv, "pretrain.py")
+
+
+def test_flags_override_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps({**BASE, "lr": 0.5, "model": {"dropout": 0.1, "num_layers": 3}}))
+    argv = ["--config", str(file), "--lr=1e-3", "--model.num_layers=5", "--local_rank=1"]
+    config = load_with_file(RunConfig, argv, "pretrain.py")
+    assert config.lr == 1e-3
+    assert config.model == {"dropout": 0.1, "num_layers": "5"}
+
+
+def test_yaml_that_reads_a_number_as_text(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    lines = [f"{key}: {value}" for key, value in BASE.items()]
+    file.write_text("\n".join([*lines, "lr: 1e-3", "weights: {c4: 1e-1}"]))
+    config = load_with_file(RunConfig, ["--config", str(file)], "pretrain.py")
+    assert (config.lr, config.weights) == (1e-3, {"c4": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"arch": "gpt"}, "arch='gpt': not one of the choices"),
+        ({"size": "giant"}, "size='giant'"),
+        ({"prefix_len": 64, "seq_len": 64}, "prefix_len=64: leaves no prefix or no target"),
+        ({"arch": "redllm", "objective": "causal"}, "objective='causal': redllm needs a prefix"),
+        ({"arch": "entp", "objective": "prefix"}, "objective='prefix': entp reads causally"),
+        ({"warmup_steps": 11}, "warmup_steps=11: longer than the run"),
+        ({"beta2": 1}, "beta2=1.0: not a decay"),
+        ({"shuffle_window": "some"}, "shuffle_window='some': not a window"),
+        ({"bidirectional_inputs": "true"}, "bidirectional_inputs=True: only for finetuning"),
+        ({"steps": 0}, "steps='0': too small"),
+        ({"learning_rate": 1}, "learning_rate='1': not an option"),
+        ({"config": "nowhere.yaml"}, "config='nowhere.yaml': No such file"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_field(changes: dict[str, object], part: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_flags(**changes)
+    assert part in str(caught.value)
+
+
+@given(st.integers(1, 512), st.integers(1, 16), st.integers(1, 16))
+def test_a_batch_is_refused_exactly_when_it_does_not_divide(
+    batch: int, world_size: int, micro_batch: int
+) -> None:
+    config = load_flags(global_batch=batch, micro_batch=micro_batch)
+    problems = list(batch_problems(config, world_size))
+    assert bool(problems) == bool(batch % (world_size * micro_batch))
+    if problems:
+        # Each batch it proposes would be accepted, and they are the nearest.
+        text = problems[0].rpartition("give ")[2]
+        for proposed in map(int, text.split(" or ")):
+            assert abs(proposed - batch) < world_size * micro_batch
+            assert not list(
+                batch_problems(
+                    load_flags(global_batch=proposed, micro_batch=micro_batch), world_size
+                )
+            )
+
+
+@pytest.mark.parametrize("file", sorted(Path("ds_configs").glob("*.json")), ids=lambda f: f.stem)
+def test_every_shipped_deepspeed_file_is_accepted(file: Path) -> None:
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    settings = read_deepspeed_file(str(file))
+    known = set(DeepSpeedZeroConfig.model_fields)
+    aliases = {field.alias for field in DeepSpeedZeroConfig.model_fields.values()}
+    assert set(settings["zero_optimization"]) <= known | aliases
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ('{"zero_optimization": {"stage": 3}, "gradient_clipping": 1}', "holds gradient_clipping"),
+        ('{"zero_optimization": {"stage": 2}}', "stage=2; give 3"),
+        ('{"zero_optimization": {"stage": 3, "overlap_comm": true}}', "overlap_comm=true"),
+        ("{", "not JSON"),
+    ],
+)
+def test_a_deepspeed_file_may_not_decide_what_the_run_decides(
+    tmp_path: Path, content: str, part: str
+) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=part):
+        read_deepspeed_file(str(file))
+
+
+@given(
+    st.sampled_from(["cosine", "linear", "constant"]),
+    st.integers(2, 200),
+    st.integers(0, 50),
+    st.floats(0, 1),
+)
+def test_learning_rate_rises_to_its_peak_and_never_rises_again(
+    schedule: str, steps: int, warmup: int, final: float
+) -> None:
+    warmup = min(warmup, steps - 1)
+    rates = [
+        learning_rate(
+            step,
+            schedule=schedule,
+            peak=2.0,
+            steps=steps,
+            warmup_steps=warmup,
+            final_fraction=final,
+        )
+        for step in range(steps)
+    ]
+    assert rates[warmup] == pytest.approx(2.0)
+    assert all(0 < a < b for a, b in pairwise(rates[:warmup]))
+    falling = rates[warmup:]
+    assert all(a >= b - 1e-12 for a, b in pairwise(falling))
+    if schedule != "constant" and len(falling) > 1:
+        assert rates[-1] == pytest.approx(2.0 * final)

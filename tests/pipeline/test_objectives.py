@@ -1,0 +1,107 @@
+"""Blocks and pairs become batches: no token lost, none seen before it is predicted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import objectives
+
+BOS, PAD = 1, 0
+
+
+@st.composite
+def blocks(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, int]:
+    rows, length = draw(st.integers(1, 4)), draw(st.integers(2, 12))
+    # Every token of a block is another one, so that a token's place is known from its value.
+    ids = torch.arange(10, 10 + rows * length).view(rows, length)
+    valid = torch.tensor(draw(st.lists(st.integers(1, length), min_size=rows, max_size=rows)))
+    return ids, valid, draw(st.integers(1, length - 1))
+
+
+@given(blocks())
+def test_causal_predicts_every_valid_token_once_from_what_stands_before_it(
+    block: tuple[torch.Tensor, torch.Tensor, int],
+) -> None:
+    ids, valid, _ = block
+    batch = objectives.build("causal", "decllm", ids, valid, BOS, 1)
+    for row in range(len(ids)):
+        scored = batch.targets[row][batch.loss_mask[row]].tolist()
+        assert scored == ids[row, : valid[row]].tolist()
+        assert batch.input_ids[row].tolist() == [BOS, *ids[row, :-1].tolist()]
+
+
+@given(blocks())
+def test_every_architecture_is_scored_on_the_same_targets(
+    block: tuple[torch.Tensor, torch.Tensor, int],
+) -> None:
+    ids, valid, split = block
+    scored = []
+    for arch in ("decllm", "entp", "redllm"):
+        batch = objectives.build("matched", arch, ids, valid, BOS, split)
+        scored.append(batch.targets[batch.loss_mask].tolist())
+    assert scored[0] == scored[1] == scored[2]
+    expected = [ids[row, split : valid[row]] for row in range(len(ids))]
+    assert scored[0] == torch.cat(expected).tolist()
+
+
+@given(blocks())
+def test_encoder_and_decoder_share_a_block_without_overlap(
+    block: tuple[torch.Tensor, torch.Tensor, int],
+) -> None:
+    ids, valid, split = block
+    batch = objectives.build("prefix", "redllm", ids, valid, BOS, split)
+    assert batch.encoder_ids is not None
+    assert torch.equal(torch.cat([batch.encoder_ids, batch.targets], 1), ids)
+    assert batch.input_ids[:, 0].eq(BOS).all()
+    assert torch.equal(batch.input_ids[:, 1:], batch.targets[:, :-1])
+
+
+@given(blocks())
+def test_a_prefix_decoder_never_sees_a_target_in_its_prefix(
+    block: tuple[torch.Tensor, torch.Tensor, int],
+) -> None:
+    ids, valid, split = block
+    batch = objectives.build("prefix", "decllm", ids, valid, BOS, split)
+    assert batch.prefix_lengths is not None
+    for row in range(len(ids)):
+        seen = set(batch.input_ids[row, : batch.prefix_lengths[row]].tolist())
+        assert not seen & set(batch.targets[row][batch.loss_mask[row]].tolist())
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.integers(2, 99), min_size=1, max_size=6),
+            st.lists(st.integers(2, 99), min_size=1, max_size=6),
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_instruction_targets_alone_are_scored_and_padding_stands_at_the_end(
+    rows: list[tuple[list[int], list[int]]],
+) -> None:
+    pairs = [(np.array(source), np.array(target)) for source, target in rows]
+    for arch in ("decllm", "redllm"):
+        batch = objectives.instruction(pairs, arch, bos=BOS, pad=PAD, bidirectional=True)
+        for row, (source, target) in enumerate(rows):
+            assert batch.targets[row][batch.loss_mask[row]].tolist() == target
+            if arch == "redllm":
+                assert batch.encoder_ids is not None
+                assert batch.encoder_mask is not None
+                assert batch.encoder_ids[row][batch.encoder_mask[row]].tolist() == source
+            else:
+                assert batch.prefix_lengths is not None
+                inputs = batch.input_ids[row, : len(source) + len(target)].tolist()
+                assert inputs == [BOS, *source, *target[:-1]]
+                assert batch.prefix_lengths[row] == len(source) + 1
+
+
+def test_an_unknown_objective_is_refused() -> None:
+    ids, valid = torch.ones(1, 4, dtype=torch.int64), torch.tensor([4])
+    with pytest.raises(ValueError, match="objective='ul3'"):
+        objectives.build("ul3", "decllm", ids, valid, BOS, 2)
