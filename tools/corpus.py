@@ -23,6 +23,7 @@ from pipeline.options import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst", ".ndjson")
 _PROBE_BYTES = 1 << 16
+_READ_BYTES = 1 << 18
 
 # RedPajama's folders, and the names under which SlimPajama's rows and Hugging Face's loader know
 # them: lower case, letters only.
@@ -184,17 +185,52 @@ def _unpacking_errors() -> tuple[type[Exception], ...]:
 
 
 def open_stream(path: Path) -> IO[bytes]:
-    """The file's bytes, unpacked by its suffix; several zstd frames follow one another."""
+    """The file's bytes, unpacked by its suffix; frames and members follow one another."""
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
+    raw = open(path, "rb", buffering=_READ_BYTES)  # noqa: SIM115 (the caller closes it)
     if path.suffix == ".zst":
+        return io.BufferedReader(_ZstdFile(raw), _READ_BYTES)
+    return raw
+
+
+class _ZstdFile(io.RawIOBase):
+    """zstd frames one after another; unlike zstandard's own stream, a cut one raises EOFError."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
         import zstandard
 
-        # Read through `closefd`: closing the outer stream closes the file.
-        raw = open(path, "rb")  # noqa: SIM115
-        unpacked = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return io.BufferedReader(unpacked, 1 << 20)  # type: ignore[arg-type]
-    return open(path, "rb", buffering=1 << 20)
+        self._raw = raw
+        # What `zstd --long=31` writes is read too.
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        self._frame: Any = None
+        self._packed = b""
+        self._unpacked = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._unpacked:
+            self._packed = self._packed or self._raw.read(_READ_BYTES)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("it ends inside a zstd frame")
+                return 0
+            if self._frame is None:
+                self._frame = self._decompressor.decompressobj()
+            self._unpacked = memoryview(self._frame.decompress(self._packed))
+            self._packed = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._unpacked))
+        buffer[:count] = self._unpacked[:count]
+        self._unpacked = self._unpacked[count:]
+        return count
 
 
 def parse_row(line: bytes, offset: int) -> Row | Reject:

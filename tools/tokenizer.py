@@ -140,9 +140,11 @@ def sample_texts(
         budget = min(1.0, max_bytes / total) * length
         whole = max_bytes >= total or not file.splittable
         count = 1 if whole else max(1, min(_WINDOWS, int(budget / _DOCUMENT_CHARACTERS)))
+        # A window begins early enough in its stretch of the file to find its share there.
+        slack = 0.0 if whole else 1 - budget / length
         spent = 0
         for window in range(count):
-            begin = 0 if whole else int((window + generator.random()) / count * file.size)
+            begin = int((window + slack * generator.random()) / count * file.size)
             # A document too many in one window is taken from the next ones.
             enough = budget * (window + 1) / count
             if spent >= enough:

@@ -1,0 +1,165 @@
+import gzip
+import json
+from pathlib import PurePosixPath
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.options import UserError
+from tools.corpus import (
+    Document,
+    Reject,
+    Row,
+    find_inputs,
+    read_documents,
+    read_rows,
+    source_of_path,
+    source_of_row,
+)
+
+lines = st.lists(
+    st.one_of(
+        st.text(max_size=30).map(lambda text: json.dumps({"text": text})),
+        st.sampled_from(["", "  ", "{bad", "[1]", '{"text": 3}', '{"other": "x"}', "\r"]),
+    ),
+    max_size=20,
+)
+
+
+@settings(deadline=None)
+@given(lines=lines, ending=st.booleans(), step=st.integers(1, 60))
+def test_ranges_that_tile_a_file_give_every_row_once(tmp_path_factory, lines, ending, step):
+    path = tmp_path_factory.getbasetemp() / "tiles.jsonl"
+    content = "\n".join(lines).encode() + (b"\n" if ending else b"")
+    path.write_bytes(content)
+    whole = list(read_rows(path))
+    tiled = [
+        row
+        for begin in range(0, max(1, len(content)), step)
+        for row in read_rows(path, begin, begin + step)
+    ]
+    assert tiled == whole
+    assert len(whole) == sum(bool(line.strip()) for line in lines)
+    for row in whole:
+        line = content[row.offset :].split(b"\n")[0]
+        if isinstance(row, Row):
+            assert json.loads(line) == row.fields
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_frames_and_members_follow_one_another(tmp_path, suffix):
+    halves = [b'{"text": "one"}\n{"te', b'xt": "two"}\n']
+    pack = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}[suffix]
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(b"".join(pack(half) for half in halves))
+    texts = [(d.text, d.offset) for d in read_documents(path) if isinstance(d, Document)]
+    assert texts == [("one", 0), ("two", 16)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+def test_a_cut_archive_names_the_file(tmp_path, suffix):
+    rows = b"".join(json.dumps({"text": str(i) * 50}).encode() + b"\n" for i in range(5000))
+    packed = gzip.compress(rows) if suffix.endswith("gz") else zstandard.compress(rows)
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(UserError, match=r"x\.jsonl.*to its end"):
+        list(read_rows(path))
+    path.write_bytes(b"garbage" + packed)
+    with pytest.raises(UserError, match=r"x\.jsonl"):
+        list(read_rows(path))
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"text": "plain"}', ("plain", 0)),
+        (r'{"text": "pair \ud83d\ude00"}', ("pair 😀", 0)),
+        (r'{"text": "lone \ud83d, \ude00"}', ("lone \ufffd, \ufffd", 2)),
+        ('{"text": "x", "score": NaN}', ("x", 0)),
+        ('{"text": ""}', "empty"),
+        ('{"text": null}', "no text"),
+        ("{}", "no text"),
+        ("[]", "bad JSON"),
+        ("nonsense", "bad JSON"),
+        ("[" * 100_000, "bad JSON"),
+        (b'{"text": "\xff"}', "bad JSON"),
+    ],
+)
+def test_what_a_line_gives(tmp_path, line, expected):
+    (tmp_path / "x.jsonl").write_bytes(line if isinstance(line, bytes) else line.encode())
+    (row,) = read_documents(tmp_path / "x.jsonl")
+    if isinstance(row, Reject):
+        assert row.reason == expected
+    else:
+        assert (row.text, row.replaced_surrogates) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("c4/c4-train.00000-of-01024.jsonl", "c4"),
+        ("common_crawl/2019-30/en_head_0000.json.gz.dedup.classifier.jsonl.zst", "common_crawl"),
+        ("github/filtered_0a.sampled.jsonl", "github"),
+        ("arxiv/arxiv_023827.jsonl", "arxiv"),
+        ("wikipedia/wiki.jsonl", "wikipedia"),
+        ("book/book.jsonl", "book"),
+        ("stackexchange/stackexchange.jsonl", "stackexchange"),
+        ("sample/arxiv_sample.jsonl", "arxiv"),
+        ("sample/book_sample.jsonl", "book"),
+        ("sample/c4_sample.jsonl", "c4"),
+        ("sample/cc_2019-30_sample.jsonl", "common_crawl"),
+        ("sample/github_sample.jsonl", "github"),
+        ("sample/stackexchange_sample.jsonl", "stackexchange"),
+        ("sample/wikipedia_sample.jsonl", "wikipedia"),
+        ("train/chunk1/example_train_0.jsonl.zst", None),
+        ("github/mine/deep/down/x.jsonl", None),
+    ],
+)
+def test_the_source_a_path_tells(path, source):
+    assert source_of_path(PurePosixPath("/data") / path) == source
+
+
+@pytest.mark.parametrize(
+    ("row", "source"),
+    [
+        ({"meta": {"redpajama_set_name": "RedPajamaC4"}}, "c4"),
+        ({"meta": {"redpajama_set_name": "RedPajamaCommonCrawl"}}, "common_crawl"),
+        ({"meta": {"redpajama_set_name": "RedPajamaStackExchange"}}, "stackexchange"),
+        ({"red_pajama_subset": "book"}, "book"),
+        ({"meta": {"redpajama_set_name": "../../etc"}}, "______etc"),
+        ({"meta": {"redpajama_set_name": 3}}, None),
+        ({"meta": None}, None),
+        ({}, None),
+    ],
+)
+def test_the_source_a_row_tells_is_a_safe_name(row, source):
+    assert source_of_row(row) == source
+
+
+def test_inputs_are_found_by_glob_or_folder_in_an_order_of_their_own(tmp_path):
+    for name in ("b/x.jsonl", "a/y.jsonl.zst", "a/SHA256SUMS", "a/z.txt", "out/rejects.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+    expected = ["a/y.jsonl.zst", "b/x.jsonl"]
+    for patterns in ([str(tmp_path)], [f"{tmp_path}/**/*"], [f"{tmp_path}/b", f"{tmp_path}/a/*"]):
+        found = find_inputs(patterns, exclude=tmp_path / "out")
+        assert [file.name for file in found] == expected
+    with pytest.raises(UserError, match=r"input=.*none.*matches no file"):
+        find_inputs([f"{tmp_path}/none/*.jsonl"])
+    with pytest.raises(UserError, match="matches no file"):
+        find_inputs([f"{tmp_path}/a/*.txt"])
+
+
+def test_a_probe_tells_a_change_at_either_end(tmp_path):
+    path = tmp_path / "x.jsonl"
+    content = bytearray(b"x" * 300_000)
+    probes = set()
+    for position in (None, 0, 299_999):
+        changed = bytearray(content)
+        if position is not None:
+            changed[position] = 0
+        path.write_bytes(changed)
+        probes.add(find_inputs([str(path)])[0].probe())
+    assert len(probes) == 3
