@@ -13,7 +13,20 @@ from tools.cli import dispatch
 
 
 def test_json_holds_what_the_functions_say(capsys):
-    dispatch("flops --arch redllm --size 150m --seq_len 512 --prefix_len 128 --json".split())
+    dispatch(
+        [
+            "flops",
+            "--arch",
+            "redllm",
+            "--size",
+            "150m",
+            "--seq_len",
+            "512",
+            "--prefix_len",
+            "128",
+            "--json",
+        ]
+    )
     found = json.loads(capsys.readouterr().out)
     model = named("redllm", "150m", 32_768, max_seq_len=512)
     expected = training_flops(model, seq_len=384, source_len=128)
@@ -34,7 +47,7 @@ def test_recomputation_is_only_in_the_hardware_convention(capsys):
 
 
 def test_the_table_names_every_convention(capsys):
-    dispatch("flops --arch entp --size micro --seq_len 64".split())
+    dispatch(["flops", "--arch", "entp", "--size", "micro", "--seq_len", "64"])
     printed = capsys.readouterr().out
     for word in ("six_n", "model_causal", "model_full", "hardware", "without embeddings", "logits"):
         assert word in printed
