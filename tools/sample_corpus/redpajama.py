@@ -34,7 +34,11 @@ def write_corpus(
         report[source] = {
             "files": len(files),
             "rows": sum(map(len, files.values())),
-            "text_bytes": sum(len(text.text.encode()) for text in texts[source]),
+            "text_bytes": sum(
+                len(row["text"].encode("utf-8", "surrogatepass"))
+                for rows in files.values()
+                for row in rows
+            ),
         }
     return report
 
