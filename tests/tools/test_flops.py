@@ -13,20 +13,8 @@ from tools.cli import dispatch
 
 
 def test_json_holds_what_the_functions_say(capsys):
-    dispatch(
-        [
-            "flops",
-            "--arch",
-            "redllm",
-            "--size",
-            "150m",
-            "--seq_len",
-            "512",
-            "--prefix_len",
-            "128",
-            "--json",
-        ]
-    )
+    flags = "--arch redllm --size 150m --seq_len 512 --prefix_len 128 --json"
+    dispatch(["flops", *flags.split()])
     found = json.loads(capsys.readouterr().out)
     model = named("redllm", "150m", 32_768, max_seq_len=512)
     expected = training_flops(model, seq_len=384, source_len=128)

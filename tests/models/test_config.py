@@ -1,0 +1,150 @@
+"""Named shapes against the papers' tables, and parameter counts against built models."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from models.config import SIZES, STYLES, ModelConfig, named
+from models.flops import parameters
+from models.registry import ARCHITECTURES, build
+
+# arXiv 2510.26622, table 2(a); millions of parameters without embeddings and norm gains, and in
+# total with a vocabulary of 32,768.
+PAPER = {
+    "150m": (1024, 4096, 8, 8, 3, 134.2, 167.8, 113.2, 146.8),
+    "1b": (2048, 8192, 16, 16, 7, 1073.7, 1140.9, 1057.0, 1124.1),
+    "2b": (2560, 10240, 20, 20, 9, 2097.2, 2181.0, 2123.4, 2207.3),
+    "4b": (3072, 12288, 24, 24, 10, 3623.9, 3724.5, 3397.4, 3498.0),
+    "8b": (4096, 16384, 32, 32, 14, 8589.9, 8724.2, 8455.7, 8589.9),
+}
+EVERY = [(arch, size) for size, shape in SIZES.items() for arch in shape.archs]
+
+
+@pytest.mark.parametrize("size", PAPER)
+def test_paper_shapes_and_counts(size):
+    d_model, d_ffn, heads, layers, paired, dec, dec_total, red, red_total = PAPER[size]
+    for arch, depth, encoder, body, total in (
+        ("decllm", layers, 0, dec, dec_total),
+        ("redllm", paired, paired, red, red_total),
+    ):
+        config = named(arch, size, 32_768)
+        assert (config.d_model, config.d_ffn, config.num_heads) == (d_model, d_ffn, heads)
+        assert (config.head_dim, config.num_layers, config.num_encoder_layers) == (
+            128,
+            depth,
+            encoder,
+        )
+        norms = 2 * depth + 1 + (3 * paired + 1 if encoder else 0)
+        count = parameters(config)
+        assert (count.non_embedding - norms * d_model) / 1e6 == pytest.approx(body, abs=0.1)
+        assert (count.total - norms * d_model) / 1e6 == pytest.approx(total, abs=0.1)
+
+
+@pytest.mark.parametrize(("arch", "size"), EVERY)
+def test_counts_equal_the_built_model(arch, size):
+    config = named(arch, size, 1000, max_seq_len=64)
+    with torch.device("meta"):
+        model = build(config)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    body = {name: n for name, n in sizes.items() if "embedding.weight" not in name}
+    encoder = ("encoder", "bridge", "mean_norm", "encoded_norm")
+    own = sum(n for name, n in body.items() if not name.startswith(encoder))
+    count = parameters(config)
+    assert count.total == sum(sizes.values())
+    assert count.non_embedding == sum(body.values())
+    assert count.active == own + 1000 * config.d_model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_kv_heads": 1},
+        {"bias": True, "norm": "layernorm"},
+        {"bias": True, "norm": "rmsnorm", "feed_forward": "gelu"},
+        {"num_encoder_layers": 4},
+        {"embedding_loss_affine": False},
+    ],
+)
+def test_counts_follow_the_choices(arch, change):
+    config = named(arch, "nano", 50, max_seq_len=8, **change)
+    with torch.device("meta"):
+        model = build(config)
+    assert parameters(config).total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "published"),
+    [
+        ("ared", "ared-15m", 15_763_500),
+        ("decllm", "ared-baseline", 16_036_800),
+        ("decllm", "ared-baseline-small", 15_441_192),
+    ],
+)
+def test_published_counts_of_the_auto_regressive_encoder_decoder(arch, size, published):
+    """The publication leaves the table of positions out of its counts."""
+    with torch.device("meta"):
+        model = build(named(arch, size, 50_257, max_seq_len=200))
+    counted = {
+        name: p.numel()
+        for name, p in model.named_parameters()
+        if not name.startswith("position_embedding")
+    }
+    assert sum(counted.values()) == published
+
+
+def test_the_ladder_grows():
+    ladder = list(SIZES)[: list(SIZES).index("8b") + 1]
+    assert ladder[:8] == ["nano", "micro", "mini", "tiny", "small", "base", "medium", "100m"]
+    for arch in STYLES:
+        counts = [parameters(named(arch, size, 100)).non_embedding for size in ladder]
+        assert counts == sorted(counts)
+
+
+@pytest.mark.parametrize("size", list(SIZES)[:8])
+def test_the_ladder_compares_like_with_like(size):
+    """RedLLM and ARED have about the parameters of the decoder of their own style."""
+    dec, red, entp, ared = (
+        parameters(named(arch, size, 100, max_seq_len=8)).non_embedding for arch in STYLES
+    )
+    assert 0.85 < red / dec < 1.25
+    assert 0.85 < ared / entp < 1.25
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: named("bert", "1b", 10), ("arch='bert'", "decllm")),
+        (lambda: named("decllm", "3b", 10), ("size='3b'", "150m")),
+        (lambda: named("ared", "entp-small", 10), ("size='entp-small'", "ared-15m")),
+        (lambda: named("decllm", "1b", 10, depth=3), ("depth=3", "num_layers")),
+        (lambda: named("decllm", "1b", 10, norm="batch"), ("norm='batch'", "rmsnorm")),
+        (lambda: named("decllm", "1b", 0), ("vocab_size=0", "at least 1")),
+        (lambda: named("decllm", "1b", 10, num_kv_heads=3), ("num_kv_heads=3", "divisor")),
+        (lambda: named("decllm", "1b", 10, head_dim=3), ("head_dim=3", "even")),
+        (lambda: named("redllm", "1b", 10, num_encoder_layers=0), ("num_encoder_layers=0",)),
+        (lambda: named("ared", "nano", 10, num_cross_heads=5), ("num_cross_heads=5", "divisor")),
+        (lambda: named("decllm", "1b", 10, dropout=1.0), ("dropout=1.0", "0 ≤")),
+        (lambda: build(named("redllm", "nano", 10, positions="learned")), ("positions=",)),
+        (lambda: build(named("ared", "nano", 10, positions="rotary")), ("positional_subtraction",)),
+    ],
+)
+def test_mistakes_name_field_value_and_remedy(call, words):
+    with pytest.raises(ValueError, match="give") as error:
+        call()
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_styles_and_registry_know_the_same_architectures():
+    assert set(STYLES) == set(ARCHITECTURES)
+    with pytest.raises(ValueError, match="arch='x'"):
+        ModelConfig("x", 1, 1, 1, 1, 1, 2, 1)
+
+
+def test_shapes_need_no_torch():
+    code = (
+        "import sys, models.config, models.flops, models.registry; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -1,0 +1,115 @@
+"""The chunked loss against the formula it stands for, and what it must never hold or compute."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import losses
+from models.losses import linear_cross_entropy, linear_token_nll
+
+
+def plain(hidden, weight, targets, mask, z_loss):
+    """The formula, with all logits."""
+    logits = (hidden @ weight.T)[mask]
+    log_z = logits.logsumexp(-1)
+    nll = F.cross_entropy(logits, targets[mask], reduction="sum")
+    return nll + z_loss * log_z.square().sum(), nll, log_z.square().sum()
+
+
+def inputs(batch, seq, width, vocab, scored, seed, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(batch, seq, width, generator=generator, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocab, width, generator=generator, dtype=dtype, requires_grad=True)
+    targets = torch.randint(vocab, (batch, seq), generator=generator)
+    mask = torch.rand(batch, seq, generator=generator) < scored
+    return hidden, weight, targets, mask
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    seq=st.integers(1, 30),
+    width=st.integers(1, 9),
+    vocab=st.integers(1, 50),
+    scored=st.sampled_from([0.0, 0.3, 1.0]),
+    z_loss=st.sampled_from([0.0, 1e-4, 0.5]),
+    seed=st.integers(0, 9999),
+)
+def test_value_and_gradient_equal_the_formula(batch, seq, width, vocab, scored, z_loss, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "CHUNK_ELEMENTS", 1)  # the fewest rows at once, so several chunks
+        hidden, weight, targets, mask = inputs(batch, seq, width, vocab, scored, seed)
+        terms = linear_cross_entropy(hidden, weight, targets, mask, z_loss)
+        found = torch.autograd.grad(3 * terms.objective, (hidden, weight))
+        objective, nll, z = plain(hidden, weight, targets, mask, z_loss)
+        expected = torch.autograd.grad(3 * objective, (hidden, weight))
+        torch.testing.assert_close(tuple(terms), (objective, nll, z))
+        torch.testing.assert_close(found, expected)
+        assert not terms.nll.requires_grad
+        assert not terms.z.requires_grad
+        by_token = linear_token_nll(hidden, weight, targets, mask)
+        assert by_token.dtype == torch.float32
+        assert (by_token[~mask] == 0).all()
+        torch.testing.assert_close(by_token.double().sum(), nll, rtol=1e-5, atol=1e-5)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements of any result."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for part in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(part, torch.Tensor):
+                self.elements = max(self.elements, part.numel())
+        return result
+
+
+def test_never_holds_the_logits(monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 1)
+    hidden, weight, targets, mask = inputs(2, 100, 4, 300, 1.0, 0)
+    with LargestTensor() as seen:
+        linear_cross_entropy(hidden, weight, targets, mask, 1e-4).objective.backward()
+    assert seen.elements <= 16 * 300  # 16 rows at once, where all logits are 60,000
+
+
+def test_unscored_rows_cost_nothing():
+    hidden, weight, targets, mask = inputs(2, 50, 8, 64, 0.2, 0)
+    with FlopCounterMode(display=False) as counter:
+        linear_cross_entropy(hidden, weight, targets, mask).objective.backward()
+    assert counter.get_total_flops() == 3 * 2 * int(mask.sum()) * 8 * 64
+
+
+def test_no_gradient_is_computed_when_none_is_wanted():
+    hidden, weight, targets, mask = inputs(1, 20, 8, 64, 1.0, 0)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        linear_cross_entropy(hidden, weight, targets, mask)
+    assert counter.get_total_flops() == 2 * 20 * 8 * 64
+
+
+def test_bfloat16_sums_in_float32():
+    hidden, weight, targets, mask = inputs(2, 64, 16, 128, 1.0, 0, torch.bfloat16)
+    terms = linear_cross_entropy(hidden, weight, targets, mask, 1e-2)
+    terms.objective.backward()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    objective, *_ = plain(*exact, targets, mask, 1e-2)
+    objective.backward()
+    assert terms.nll.dtype == torch.float32
+    torch.testing.assert_close(terms.objective.double(), objective, rtol=1e-2, atol=0)
+    for ours, theirs in zip((hidden.grad, weight.grad), (x.grad for x in exact), strict=True):
+        assert (ours.double() - theirs).norm() < 0.02 * theirs.norm()
+
+
+def test_large_logits_do_not_overflow():
+    hidden = torch.full((1, 2, 1), 1e4, dtype=torch.float32, requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0]], dtype=torch.float32, requires_grad=True)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    terms = linear_cross_entropy(hidden, weight, torch.tensor([[0, 1]]), mask)
+    terms.objective.backward()
+    assert terms.nll.item() == pytest.approx(2e4)
+    assert torch.isfinite(hidden.grad).all()
