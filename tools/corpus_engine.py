@@ -23,7 +23,7 @@ from loguru import logger
 from pipeline.options import UserError
 from tools.corpus_tasks import Settings, Task, record_path, run_task
 
-_WATCH_SECONDS = 0.5
+_WATCH_SECONDS = 0.5  # a killed worker is noticed after two of them
 
 
 class WorkerDiedError(UserError):
@@ -89,9 +89,8 @@ def run_locally(
     Raises:
         UserError: a task failed, or a worker was killed; the rest of the records stay.
     """
-    for task in tasks:
-        _failed_path(output, task.id).unlink(missing_ok=True)
-        _running_path(output, task.id).unlink(missing_ok=True)
+    for stale in [*output.glob("tasks/*.failed"), *output.glob("tasks/*.running")]:
+        stale.unlink()
     logger.disable("datatrove")
     with tempfile.TemporaryDirectory(prefix="isoflop-tokenize-") as logs:
         executor = _QuietExecutor(
@@ -101,7 +100,7 @@ def run_locally(
             logging_dir=logs,
             skip_completed=False,
         )
-        with _Watch(tasks, output, watch):
+        with _Watch(output, watch):
             executor.run()
     failures = [task for task in tasks if not record_path(output, task.id).is_file()]
     if failures:
@@ -122,8 +121,8 @@ def _reason(output: Path, failures: Sequence[Task]) -> str:
 class _Watch:
     """A thread that shows progress and notices a killed worker, for which datatrove would wait."""
 
-    def __init__(self, tasks: Sequence[Task], output: Path, watch: Callable[[], None]) -> None:
-        self._tasks, self._output, self._watch = tasks, output, watch
+    def __init__(self, output: Path, watch: Callable[[], None]) -> None:
+        self._output, self._watch = output, watch
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._in_main = threading.current_thread() is threading.main_thread()
@@ -148,23 +147,25 @@ class _Watch:
         )
 
     def _run(self) -> None:
-        suspects: set[int] = set()
+        suspects: set[str] = set()
         while not self._stop.wait(_WATCH_SECONDS):
             self._watch()
-            gone = {task.id for task in self._tasks if self._is_orphaned(task.id)}
+            gone = {path.name for path in self._output.glob("tasks/*.running") if _orphaned(path)}
             # Seen twice, so that a worker that is just about to tidy up is not taken for dead.
             if gone & suspects and self._in_main and not self._stop.is_set():
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
                 return
             suspects = gone
 
-    def _is_orphaned(self, task: int) -> bool:
-        try:
-            process = int(_running_path(self._output, task).read_text() or 0)
-            if process:
-                os.kill(process, 0)
-        except (FileNotFoundError, PermissionError):
-            return False
-        except ProcessLookupError:
-            return True
+
+def _orphaned(running: Path) -> bool:
+    """Whether the process that a `.running` file names is gone."""
+    try:
+        process = int(running.read_text() or 0)
+        if process:
+            os.kill(process, 0)
+    except (FileNotFoundError, PermissionError):
         return False
+    except ProcessLookupError:
+        return True
+    return False

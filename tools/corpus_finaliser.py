@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,27 +59,34 @@ def finalise(
         tokenizer=TokenizerInfo(tokenizer.sha256, tokenizer.vocab_size, tokenizer.special_ids),
         settings=dataclasses.asdict(settings),
         shards=tuple(shards),
-        inputs=tuple(_input_of(described, records) for described in inputs),
+        inputs=_inputs(inputs, records),
     )
     write_manifest(output, manifest)
     remove_intermediate(output)
     return manifest
 
 
-def _input_of(described: dict[str, Any], records: Iterable[Record]) -> Input:
-    own = [record for record in records if record.input == described["name"]]
-    rejects: Counter[str] = Counter()
-    for record in own:
-        rejects.update(record.rejects)
-    return Input(
-        path=described["name"],
-        size=described["size"],
-        probe=described["probe"],
-        rows=sum(record.rows for record in own),
-        documents=sum(record.documents for record in own),
-        rejects=dict(sorted(rejects.items())),
-        replaced_surrogates=sum(record.replaced_surrogates for record in own),
-    )
+def _inputs(described: Sequence[dict[str, Any]], records: Sequence[Record]) -> tuple[Input, ...]:
+    own: defaultdict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        own[record.input].append(record)
+    inputs: list[Input] = []
+    for item in described:
+        rejects: Counter[str] = Counter()
+        for record in own[item["name"]]:
+            rejects.update(record.rejects)
+        inputs.append(
+            Input(
+                path=item["name"],
+                size=item["size"],
+                probe=item["probe"],
+                rows=sum(record.rows for record in own[item["name"]]),
+                documents=sum(record.documents for record in own[item["name"]]),
+                rejects=dict(sorted(rejects.items())),
+                replaced_surrogates=sum(r.replaced_surrogates for r in own[item["name"]]),
+            )
+        )
+    return tuple(inputs)
 
 
 def _join_tails(

@@ -201,7 +201,8 @@ def tokenise(
     progress = Progress("tokenize", sum(length.values()), skipped)
 
     def watch() -> None:
-        waiting.difference_update({i for i in waiting if record_path(output, i).is_file()})
+        here = set(os.listdir(output / "tasks"))
+        waiting.difference_update({i for i in waiting if record_path(output, i).name in here})
         done = sum(length.values()) - sum(length[i] for i in waiting)
         progress.show(done, f"{len(waiting)} of {len(tasks)} tasks left")
 

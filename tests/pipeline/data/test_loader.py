@@ -12,6 +12,7 @@ from pipeline.data.manifest import read_manifest
 from pipeline.data.shards import CorruptShardError
 from pipeline.data.tokenizer import load
 from pipeline.options import UserError
+from tools import flan, tokenize_corpus
 
 
 def independent(shards, split, source):
@@ -135,6 +136,22 @@ def test_batches_are_the_same_however_they_are_cut(shards, seed, window, seq_len
     assert np.array_equal(np.concatenate([piece.valid for piece in pieces]), whole.valid)
 
 
+def test_every_source_has_an_order_of_its_own(model, tmp_path):
+    for source in ("book", "github"):
+        (tmp_path / source).mkdir()
+        (tmp_path / source / "x.jsonl").write_text('{"text": "the same text"}\n' * 100)
+    options = tokenize_corpus.Options(
+        input=(str(tmp_path),), output=f"{tmp_path}/out", tokenizer=str(model), block_tokens=64
+    )
+    tokenize_corpus.run(options)
+    store = SequenceStore(tmp_path / "out", "train", 8)
+    order = TrainingOrder(store, 1)
+    source, _, index = order.locate(np.arange(store.total))
+    first, second = index[source == 0], index[source == 1]
+    assert len(first) == len(second) > 50
+    assert (first != second).mean() > 0.8
+
+
 def test_a_sample_number_names_one_sequence(shards):
     store = SequenceStore(shards, "train", 64)
     order = TrainingOrder(store, 3)
@@ -179,8 +196,6 @@ def test_the_evaluation_choice_is_fixed_proportional_and_without_repeats(shards,
 
 
 def test_flan_rows_are_no_token_store(shards, tmp_path, model):
-    from tools import flan
-
     (tmp_path / "rows.jsonl").write_text('{"inputs": "a", "targets": "b", "task_name": "t"}\n')
     options = flan.Options(
         input=(f"{tmp_path}/rows.jsonl",), output=f"{tmp_path}/flan", tokenizer=str(model)

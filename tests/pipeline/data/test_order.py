@@ -66,9 +66,14 @@ def test_position_alone_decides(sizes, seed, window):
     assert whole.tolist() == one_by_one
 
 
-def test_epochs_differ():
-    order = WindowedOrder([50, 50], 3, 1)
-    assert (order.locate(0, np.arange(100)) != order.locate(1, np.arange(100))).mean() > 0.9
+@pytest.mark.parametrize("sizes", [[100], [50, 50]])
+@pytest.mark.parametrize("window", ["all", 1])
+def test_epochs_and_seeds_differ(sizes, window):
+    positions = np.arange(100)
+    first = WindowedOrder(sizes, 3, window).locate(0, positions)
+    for seed, epoch in [(3, 1), (4, 0)]:
+        other = WindowedOrder(sizes, seed, window).locate(epoch, positions)
+        assert (first != other).mean() > 0.8
 
 
 def test_window_of_zero_is_refused():
