@@ -62,7 +62,8 @@ class ENTP(LanguageModel):
     @torch.no_grad()
     def token_nll(self, batch: Batch) -> Tensor:
         """Nats of each target, [batch, seq] float32, 0 where loss_mask is False."""
-        result = torch.zeros(batch.targets.shape, device=batch.targets.device)
+        targets = batch.targets
+        result = torch.zeros(targets.shape, device=targets.device, dtype=torch.float32)
         for chunk in self._plan(batch):
             part = _part(batch, chunk)
             start, stop = _scored_range(part.loss_mask, chunk.start)

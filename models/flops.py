@@ -175,7 +175,8 @@ def _ared(config: ModelConfig, tokens: int, source: int, scored: int) -> Iterato
 def _entp(config: ModelConfig, tokens: int, source: int, scored: int) -> Iterator[Operation]:
     """models/entp.py, chunk by chunk. No attention here is causal: every score is some prefix's."""
     if config.num_layers == 1:
-        yield from _block(config, tokens, causal=True)
+        # A causal decoder, and without a scored position its shortest prefix.
+        yield from _block(config, tokens if scored else 1, causal=True)
         return
     chunks = plan_chunks(1, tokens, config.entp_chunk_pairs)
     for chunk in chunks:

@@ -1,0 +1,139 @@
+"""What every architecture promises a trainer."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models.batch import Batch
+from models.config import named
+from models.registry import build
+
+
+def padded(batch, extra):
+    """The same batch with `extra` unscored positions at the right end."""
+    right = {name: getattr(batch, name) for name in ("input_ids", "targets", "loss_mask")}
+    return dataclasses.replace(batch, **{n: F.pad(x, (0, extra)) for n, x in right.items()})
+
+
+def test_chunks_sum_to_the_whole(arch, make_model, make_batch):
+    model, batch = make_model(arch, entp_chunk_pairs=30), make_batch(arch)
+    sums = [sum(parts) for parts in zip(*model.loss_chunks(batch, 0.01), strict=True)]
+    torch.testing.assert_close(sums, list(model(batch, 0.01)))
+    assert not sums[1].requires_grad
+    assert not sums[2].requires_grad
+
+
+def test_nll_is_the_cross_entropy_of_the_logits(arch, make_model, make_batch):
+    model, batch = make_model(arch), make_batch(arch)
+    logits = model.logits(batch)
+    assert logits.shape == (*batch.targets.shape, model.config.vocab_size)
+    nll = F.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")
+    found = model.token_nll(batch)
+    assert found.dtype == torch.float32
+    assert (found[~batch.loss_mask] == 0).all()
+    torch.testing.assert_close(
+        found[batch.loss_mask], nll[batch.loss_mask].float(), rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(model(batch).nll, nll[batch.loss_mask].sum())
+    z = logits.logsumexp(-1)[batch.loss_mask].square().sum()
+    torch.testing.assert_close(model(batch).z, z)
+    with_z, without = model(batch, 0.5).objective, model(batch).objective
+    torch.testing.assert_close(with_z - without, 0.5 * z)
+
+
+def test_padding_changes_nothing(arch, make_model, make_batch, gradients):
+    model, batch = make_model(arch), make_batch(arch)
+    expected = {name: g.clone() for name, g in gradients(model, batch).items()}
+    torch.testing.assert_close(gradients(model, padded(batch, 5)), expected)
+    by_token = model.token_nll(padded(batch, 5))
+    torch.testing.assert_close(by_token[:, :9], model.token_nll(batch))
+
+
+def test_rows_do_not_see_each_other(arch, make_model, make_batch):
+    model, batch = make_model(arch), make_batch(arch)
+    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    alone = Batch(**{name: None if x is None else x[1:2] for name, x in fields.items()})
+    torch.testing.assert_close(model.token_nll(alone), model.token_nll(batch)[1:2])
+
+
+def test_every_parameter_has_a_gradient(arch, make_model, make_batch, gradients):
+    for scored in (0.0, 0.7):
+        batch = make_batch(arch, scored=scored)
+        for name, gradient in gradients(make_model(arch, bias=True), batch).items():
+            assert gradient is not None, name
+            # A key's bias moves all of a query's scores together, which no softmax sees; and a
+            # norm of the embedding loss sees the encoder's output only.
+            if scored and not name.endswith("key.bias"):
+                assert gradient.abs().sum() > 0, name
+
+
+def test_the_tied_matrix_learns_as_input_and_as_output(arch, make_model, make_batch, gradients):
+    model, batch = make_model(arch, embedding_loss="none"), make_batch(arch)
+    found = gradients(model, batch, 0.0)["embedding.weight"]
+    tied = model.embedding.weight
+    step = 1e-6 * torch.randn_like(tied)
+    with torch.no_grad():
+        tied += step
+        up = model(batch).objective
+        tied -= 2 * step
+        down = model(batch).objective
+    torch.testing.assert_close((up - down) / 2, (found * step).sum(), rtol=1e-5, atol=1e-12)
+    assert sum(p.numel() == tied.numel() for p in model.parameters()) == 1
+
+
+def test_recomputation_changes_no_gradient(arch, make_model, make_batch, gradients):
+    model, batch = make_model(arch, dropout=0.2), make_batch(arch)
+    again = make_model(arch, dropout=0.2, activation_checkpointing=True)
+    again.load_state_dict(model.state_dict())
+    torch.manual_seed(1)
+    expected = gradients(model, batch)
+    torch.manual_seed(1)
+    torch.testing.assert_close(gradients(again, batch), expected)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_lower_precision_is_near_float64(arch, make_model, make_batch, gradients, dtype, tolerance):
+    model, batch = make_model(arch, spread=0.1), make_batch(arch)
+    exact = model(batch).nll
+    gradients(model.to(dtype), batch)
+    low = model(batch)
+    assert low.nll.dtype == torch.float32
+    torch.testing.assert_close(low.nll.double(), exact, rtol=tolerance, atol=0)
+
+
+def test_same_seed_same_model_and_no_other_randomness(arch):
+    first, second = [], []
+    for into in (first, second):
+        torch.manual_seed(3)
+        into += [p.detach().clone() for p in build(named(arch, "nano", 50)).parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_first_logits_are_of_unit_scale_whatever_the_width(arch, make_batch):
+    for size in ("nano", "small"):
+        model = build(named(arch, size, 40, max_seq_len=16))
+        logits = model.logits(make_batch(arch))
+        assert 0.5 < float(logits.detach().std()) < 2.5
+
+
+def test_a_step_against_the_gradient_lowers_the_loss(arch, make_batch, gradients):
+    model, batch = build(named(arch, "nano", 40, max_seq_len=16)), make_batch(arch)
+    before = sum(float(t.objective.detach()) for t in model.loss_chunks(batch, 0.01))
+    found = gradients(model, batch)
+    norm = sum(float(g.square().sum()) for g in found.values()) ** 0.5
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter -= 0.01 / norm * found[name]
+    after = sum(float(t.objective.detach()) for t in model.loss_chunks(batch, 0.01))
+    assert after - before == pytest.approx(-0.01 * norm, rel=0.1)
+
+
+def test_a_batch_moves_between_devices(arch, make_batch):
+    batch = make_batch(arch)
+    moved = batch.to("meta")
+    for field in dataclasses.fields(batch):
+        original, copy = getattr(batch, field.name), getattr(moved, field.name)
+        assert (original is None) == (copy is None)
+        assert copy is None or copy.device.type == "meta"

@@ -1,0 +1,194 @@
+"""The table of operations against torch's counter, and each convention against a closed form."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.batch import Batch
+from models.config import named
+from models.flops import operations, parameters, training_flops
+from models.registry import build
+
+LLAMA = {
+    "positions": "rotary",
+    "norm": "rmsnorm",
+    "bias": False,
+    "feed_forward": "swiglu",
+    "qkv_norm": True,
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_hardware_equals_the_counter_to_the_last_flop(data):
+    """Random shapes, depths, masks, recomputation and ENTP variants."""
+    draw = data.draw
+    arch = draw(st.sampled_from(["decllm", "redllm", "entp", "ared"]))
+    heads, head_dim = draw(st.sampled_from([(2, 4), (4, 2), (3, 6)]))
+    changes = {
+        "d_model": draw(st.integers(2, 20)),
+        "d_ffn": draw(st.integers(1, 30)),
+        "num_heads": heads,
+        "num_kv_heads": draw(st.sampled_from([1, heads])),
+        "head_dim": head_dim,
+        "num_layers": draw(st.integers(1, 4)),
+        "max_seq_len": 16,
+        "dropout": draw(st.sampled_from([0.0, 0.1])),
+        "activation_checkpointing": draw(st.booleans()),
+        "entp_chunk_pairs": draw(st.sampled_from([10, 30, 1000])),
+    }
+    if arch in ("redllm", "ared"):
+        changes["num_encoder_layers"] = draw(st.integers(1, 3))
+    if arch == "entp" and draw(st.booleans()):
+        changes |= LLAMA
+    config = named(arch, "nano", draw(st.integers(1, 70)), **changes)
+    seq_len, batch_size = draw(st.integers(1, 10)), draw(st.integers(1, 2))
+    source_len = draw(st.integers(1, 9)) if arch == "redllm" else 0
+    scored = draw(st.integers(0, seq_len))
+    ids = torch.zeros(batch_size, seq_len, dtype=torch.int64)
+    mask = (torch.arange(seq_len) >= seq_len - scored).expand(batch_size, -1)
+    prefix = None
+    if arch == "decllm" and draw(st.booleans()):
+        prefix = torch.full((batch_size,), seq_len // 2)
+    source = ids.new_zeros(batch_size, source_len) if source_len else None
+    batch = Batch(ids, ids, mask, encoder_ids=source, prefix_lengths=prefix)
+    model = build(config)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        for terms in model.loss_chunks(batch):
+            terms.objective.backward()
+    found = training_flops(config, seq_len=seq_len, source_len=source_len, scored=scored)
+    assert batch_size * found.hardware == counter.get_total_flops()
+    if (
+        not config.activation_checkpointing
+        and seq_len * (seq_len + 1) // 2 <= config.entp_chunk_pairs
+    ):
+        assert found.model_full == found.hardware
+
+
+DIMS = {
+    "width": st.integers(1, 64),
+    "ffn": st.integers(1, 64),
+    "heads": st.integers(1, 8),
+    "vocab": st.integers(1, 500),
+    "layers": st.integers(1, 6),
+    "seq": st.integers(1, 300),
+}
+
+
+@settings(max_examples=100, deadline=None)
+@given(**DIMS, scored=st.integers(0, 300))
+def test_decoder_closed_forms(width, ffn, heads, vocab, layers, seq, scored):
+    """Per layer 2·S·(4·d·hk + 3·d·f) and attention 4·S²·hk, half of it causal; logits 2·S·d·V."""
+    scored = min(scored, seq)
+    config = named(
+        "decllm",
+        "nano",
+        vocab,
+        d_model=width,
+        d_ffn=ffn,
+        num_heads=heads,
+        head_dim=2,
+        num_layers=layers,
+    )
+    found = training_flops(config, seq_len=seq, scored=scored)
+    linear = 2 * seq * layers * (4 * width * 2 * heads + 3 * width * ffn)
+    attention, logits = layers * 4 * seq**2 * 2 * heads, 2 * scored * width * vocab
+    assert found.model_full == 3 * (linear + attention + logits)
+    assert found.model_causal == 3 * (linear + attention / 2 + logits)
+    body = layers * (8 * width * heads + 3 * width * ffn + 2 * width) + width
+    assert found.six_n == 6 * body * seq
+    recomputed = training_flops(config, seq_len=seq, scored=scored, activation_checkpointing=True)
+    again = linear + attention - layers * 2 * seq * width * ffn
+    assert recomputed.hardware == found.model_full + again
+    assert recomputed.model_full == found.model_full
+
+
+@settings(max_examples=100, deadline=None)
+@given(**DIMS, encoder_layers=st.integers(1, 6), source=st.integers(1, 300))
+def test_encoder_decoder_closed_forms(
+    width, ffn, heads, vocab, layers, seq, encoder_layers, source
+):
+    """S_s·L_e·2(4hkd + 3df) + 4·L_e·hk·S_s² + S_t·L_d·2(6hkd + 3df) + S_s·L_d·2(2hkd)
+    + 4·L_d·hk·(S_t² + S_t·S_s) + 2·S_t·d·V, times 3; S_t² by half where causal."""
+    config = named(
+        "redllm",
+        "nano",
+        vocab,
+        d_model=width,
+        d_ffn=ffn,
+        num_heads=heads,
+        head_dim=2,
+        num_layers=layers,
+        num_encoder_layers=encoder_layers,
+    )
+    hk = 2 * heads
+    rest = (
+        source * encoder_layers * 2 * (4 * hk * width + 3 * width * ffn)
+        + 4 * encoder_layers * hk * source**2
+        + seq * layers * 2 * (6 * hk * width + 3 * width * ffn)
+        + source * layers * 2 * 2 * hk * width
+        + 4 * layers * hk * seq * source
+        + 2 * seq * width * vocab
+    )
+    found = training_flops(config, seq_len=seq, source_len=source)
+    assert found.model_full == 3 * (rest + 4 * layers * hk * seq**2)
+    assert found.model_causal == 3 * (rest + 2 * layers * hk * seq**2)
+    assert found.six_n == 6 * parameters(config).non_embedding * (seq + source)
+
+
+@settings(max_examples=50, deadline=None)
+@given(width=st.integers(1, 64), heads=st.integers(1, 8), seq=st.integers(1, 120))
+def test_entp_closed_form(width, heads, seq):
+    """Three layers, f = 4·d, N pairs and Q = Σ t²; every saving of the scheme in its place."""
+    config = named(
+        "entp",
+        "nano",
+        11,
+        d_model=width,
+        d_ffn=4 * width,
+        num_heads=heads,
+        head_dim=2,
+        num_layers=3,
+        entp_chunk_pairs=10**9,
+    )
+    hk, pairs, squares = 2 * heads, seq * (seq + 1) // 2, seq * (seq + 1) * (2 * seq + 1) // 6
+    first = 6 * width * hk * seq + 4 * hk * seq**2 + (2 * hk * width + 16 * width**2) * pairs
+    middle = (8 * hk * width + 16 * width**2) * pairs + 4 * hk * squares
+    last = (8 * hk * width + 16 * width**2) * seq + 4 * heads * width * pairs
+    found = training_flops(config, seq_len=seq)
+    assert found.model_full == 3 * (first + middle + last + 2 * seq * width * 11)
+    assert found.model_causal == found.model_full == found.hardware
+
+
+def test_entp_chunks_add_repetitions_to_hardware_alone():
+    config = named("entp", "micro", 100, max_seq_len=128)
+    small = named("entp", "micro", 100, max_seq_len=128, entp_chunk_pairs=500)
+    whole, cut = (training_flops(c, seq_len=128) for c in (config, small))
+    assert cut.model_full == whole.model_full == whole.hardware
+    assert whole.hardware < cut.hardware < 1.2 * whole.hardware
+
+
+@pytest.mark.parametrize(
+    ("size", "ratio"), [("150m", 2.27), ("1b", 2.02), ("2b", 1.97), ("4b", 2.12), ("8b", 2.02)]
+)
+def test_a_decoder_costs_about_twice_its_encoder_decoder(size, ratio):
+    """arXiv 2510.26622: "approximately double the FLOPs" at about equal parameters."""
+    decoder = training_flops(named("decllm", size, 32_768), seq_len=2048)
+    pair = training_flops(named("redllm", size, 32_768), seq_len=1024, source_len=1024)
+    assert decoder.model_causal / pair.model_causal == pytest.approx(ratio, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("arch", "lengths", "words"),
+    [
+        ("decllm", {"seq_len": 4, "scored": 5}, "scored=5"),
+        ("redllm", {"seq_len": 4}, "source_len=0"),
+        ("entp", {"seq_len": 4, "source_len": 2}, "source_len=2"),
+    ],
+)
+def test_impossible_lengths_are_refused(arch, lengths, words):
+    with pytest.raises(ValueError, match=words):
+        operations(named(arch, "nano", 10), **lengths)

@@ -1,0 +1,170 @@
+"""RedLLM against an implementation of a few lines: loops over heads and rows, complex rotation."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import models.redllm
+from models.batch import Batch
+from models.layers import rotary_tables
+
+EPS = 1e-6
+
+
+def rms(x, gain=None):
+    x = x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
+    return x if gain is None else x * gain.weight
+
+
+def turned(x, positions):
+    """[tokens, k] turned by its positions."""
+    half = x.shape[-1] // 2
+    angles = positions[:, None] * 10_000.0 ** (-torch.arange(half) / half)
+    pairs = torch.complex(x[:, :half], x[:, half:]) * torch.polar(torch.ones(()), angles)
+    return torch.cat([pairs.real, pairs.imag], -1)
+
+
+def attend(module, x, y, x_positions, y_positions, *, causal=False):
+    """One row: x [t, d] attends to y [s, d]; both normed already."""
+    heads, k = module.num_heads, module.head_dim
+    q, key, v = x @ module.query.weight.T, y @ module.key.weight.T, y @ module.value.weight.T
+    results = []
+    for h in range(heads):
+        part = slice(h * k, (h + 1) * k)
+        scores = turned(rms(q[:, part]), x_positions) @ turned(rms(key[:, part]), y_positions).T
+        scores = scores / k**0.5
+        if causal:
+            scores = scores.masked_fill(x_positions[:, None] < y_positions, -torch.inf)
+        results.append(rms(scores.softmax(-1) @ rms(v[:, part])))  # RedLLM's norm of the result
+    return torch.cat(results, -1) @ module.output.weight.T
+
+
+def feed_forward(block, x):
+    y, part = rms(x, block.feed_forward_norm), block.feed_forward
+    return x + (F.silu(y @ part.gate.weight.T) * (y @ part.up.weight.T)) @ part.down.weight.T
+
+
+def encode_row(model, ids):
+    x = model.embedding.weight[ids] * 4.0  # √16
+    positions = torch.arange(len(ids)).double()
+    for block in model.encoder:
+        y = rms(x, block.attention_norm)
+        x = x + attend(block.attention, y, y, positions, positions)
+        x = feed_forward(block, x)
+    return rms(x, model.encoder_norm)
+
+
+def decode_row(model, ids, source, shift=0.0):
+    x = model.embedding.weight[ids] * 4.0
+    source_positions = shift + torch.arange(len(source)).double()
+    positions = shift + len(source) + torch.arange(len(ids)).double()
+    for block in model.decoder:
+        y = rms(x, block.attention_norm)
+        x = x + attend(block.attention, y, y, positions, positions, causal=True)
+        y = rms(x, block.cross_attention_norm)
+        x = x + attend(block.cross_attention, y, source, positions, source_positions)
+        x = feed_forward(block, x)
+    return rms(x, model.final_norm)
+
+
+@pytest.fixture
+def case(make_model, make_batch):
+    model = make_model("redllm", num_layers=2, num_encoder_layers=3)
+    return model, make_batch("redllm")
+
+
+def test_encoder_equals_a_few_lines(case):
+    model, batch = case
+    source, lengths = model.encode(batch.encoder_ids, batch.encoder_mask)
+    for row, length in enumerate(lengths.tolist()):
+        expected = encode_row(model, batch.encoder_ids[row, :length])
+        torch.testing.assert_close(source[row, :length], expected)
+
+
+def test_decoder_and_cross_attention_equal_a_few_lines(case):
+    model, batch = case
+    hidden = model.hidden_states(batch)
+    for row, length in enumerate(batch.encoder_mask.sum(1).tolist()):
+        source = encode_row(model, batch.encoder_ids[row, :length])
+        expected = decode_row(model, batch.input_ids[row], source)
+        torch.testing.assert_close(hidden[row], expected)
+
+
+def test_gradients_equal_those_of_a_few_lines(case, gradients):
+    model, batch = case
+    found = gradients(model, batch, 0.0)
+    loss = torch.zeros(())
+    for row, length in enumerate(batch.encoder_mask.sum(1).tolist()):
+        source = encode_row(model, batch.encoder_ids[row, :length])
+        logits = decode_row(model, batch.input_ids[row], source) @ model.embedding.weight.T
+        nll = F.cross_entropy(logits, batch.targets[row], reduction="none")
+        loss = loss + (nll * batch.loss_mask[row]).sum()
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    torch.testing.assert_close(tuple(found.values()), expected)
+
+
+def test_an_unmasked_encoder_is_one_whose_tokens_are_all_real(case):
+    model, batch = case
+    full = dataclasses.replace(batch, encoder_mask=torch.ones_like(batch.encoder_mask))
+    none = dataclasses.replace(batch, encoder_mask=None)
+    torch.testing.assert_close(model.hidden_states(full), model.hidden_states(none))
+
+
+def test_positions_are_relative_and_continuous(case, monkeypatch):
+    """Shifting every position changes nothing; shifting the decoder's alone does."""
+    model, batch = case
+    expected = model.hidden_states(batch)
+
+    def shifted(by_encoder, by_decoder):
+        def tables(positions, config, dtype):
+            # Only the decoder's own positions differ from row to row.
+            shift = by_encoder if positions.dim() == 1 else by_decoder
+            return rotary_tables(positions + shift, config, dtype)
+
+        monkeypatch.setattr(models.redllm, "rotary_tables", tables)
+        return model.hidden_states(batch)
+
+    torch.testing.assert_close(shifted(100, 100), expected)
+    assert (shifted(0, 1) - expected).abs().max() > 1e-3
+
+
+def test_encoder_padding_is_never_read(case):
+    model, batch = case
+    expected = model.token_nll(batch)
+    ids = torch.where(batch.encoder_mask, batch.encoder_ids, 39)
+    longer = Batch(
+        batch.input_ids,
+        batch.targets,
+        batch.loss_mask,
+        F.pad(ids, (0, 4), value=3),
+        F.pad(batch.encoder_mask, (0, 4)),
+    )
+    torch.testing.assert_close(model.token_nll(longer), expected)
+
+
+def test_an_empty_source_has_a_finite_loss_whatever_its_padding(case):
+    model, batch = case
+    empty = dataclasses.replace(batch, encoder_mask=torch.zeros_like(batch.encoder_mask))
+    assert torch.isfinite(model(empty).objective)
+
+
+def test_the_decoder_is_causal_and_sees_the_whole_source(case):
+    model, batch = case
+    for changed, unchanged in ((0, 0), (3, 3), (8, 8)):
+        ids = batch.input_ids.clone()
+        ids[:, changed] = (ids[:, changed] + 1) % 40
+        other = model.hidden_states(dataclasses.replace(batch, input_ids=ids))
+        difference = (other - model.hidden_states(batch)).abs().sum(-1)
+        assert (difference[:, :unchanged] == 0).all()
+        assert (difference[:, changed:] > 0).all()
+    ids = batch.encoder_ids.clone()
+    ids[:, 0] = (ids[:, 0] + 1) % 40
+    other = model.hidden_states(dataclasses.replace(batch, encoder_ids=ids))
+    assert ((other - model.hidden_states(batch)).abs().sum(-1) > 0).all()
+
+
+def test_needs_a_source(case, make_batch):
+    with pytest.raises(ValueError, match="encoder_ids"):
+        case[0](make_batch("decllm"))
