@@ -6,12 +6,16 @@ fails leaves `tasks/{id}.failed` with its reason, because executors report in wa
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,6 +27,8 @@ from loguru import logger
 from pipeline.options import UserError
 from tools.corpus_tasks import Settings, Task, record_path, run_task
 
+_ORPHAN_SECONDS = 10.0
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _WATCH_SECONDS = 0.5  # a killed worker is noticed after two of them
 
 
@@ -46,8 +52,6 @@ class TokenizeStep(PipelineStep):
         task = self.tasks[rank]
         in_worker = os.getpid() != self.command_process
         if in_worker:
-            # Ctrl-C reaches the whole group: the command stops its workers itself.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
             logger.disable("datatrove")
         running = _running_path(self.output, task.id)
         running.write_text(str(os.getpid()))
@@ -89,6 +93,7 @@ def run_locally(
     Raises:
         UserError: a task failed, or a worker was killed; the rest of the records stay.
     """
+    _wait_for_orphans(output)
     for stale in [*output.glob("tasks/*.failed"), *output.glob("tasks/*.running")]:
         stale.unlink()
     logger.disable("datatrove")
@@ -100,11 +105,59 @@ def run_locally(
             logging_dir=logs,
             skip_completed=False,
         )
-        with _Watch(output, watch):
+        with _Watch(output, watch), _children_die_with_this():
+            if workers > 1:
+                _start_fork_server()
             executor.run()
     failures = [task for task in tasks if not record_path(output, task.id).is_file()]
     if failures:
         raise UserError(_reason(output, failures))
+
+
+def _wait_for_orphans(output: Path) -> None:
+    """Let the workers of a killed command notice that it is gone; they do after each batch."""
+    deadline = time.monotonic() + _ORPHAN_SECONDS
+    while time.monotonic() < deadline:
+        if all(map(_orphaned, output.glob("tasks/*.running"))):
+            return
+        time.sleep(0.05)
+
+
+def _die_with_parent() -> None:
+    """In a forked child: be killed when the parent is, as nobody else would end it (Linux)."""
+    if _forking and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+# datatrove's multiprocess.Manager is a fork of the command that would outlive its kill.
+os.register_at_fork(after_in_child=_die_with_parent)
+_forking = False
+
+
+@contextmanager
+def _children_die_with_this() -> Iterator[None]:
+    global _forking
+    _forking = True
+    try:
+        yield
+    finally:
+        _forking = False
+
+
+def _start_fork_server() -> None:
+    """Start the parent of all workers deaf to Ctrl-C, which reaches the whole process group.
+
+    Its children inherit that; the command itself hears it and stops them.
+    """
+    from multiprocess import forkserver
+
+    if threading.current_thread() is not threading.main_thread():
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _reason(output: Path, failures: Sequence[Task]) -> str:

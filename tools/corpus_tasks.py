@@ -296,6 +296,8 @@ class _TaskRun:
             partial = tails_path(self.output, self.task.id).with_suffix(f".{os.getpid()}.partial")
             with open(partial, "wb") as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(partial, tails_path(self.output, self.task.id))
         if self.rejects:
             lines = [

@@ -68,8 +68,10 @@ class Options:
 
 def run(options: Options) -> None:
     """Plan, run the tasks that have no record yet, finalise."""
+    from pipeline.data.manifest import FILE_NAME, read_manifest, write_atomically
     from pipeline.data.tokenizer import load
     from tools.corpus import find_inputs
+    from tools.corpus_finaliser import describe, remove_intermediate
     from tools.corpus_tasks import TOKENIZER_FILE, Settings
 
     tokenizer = load(options.tokenizer)
@@ -83,17 +85,16 @@ def run(options: Options) -> None:
     }
     output = Path(options.output)
     check_plan(output, plan)
-    from pipeline.data.manifest import FILE_NAME, read_manifest, write_atomically
-
-    if not (output / FILE_NAME).is_file():
+    manifest = output / FILE_NAME
+    if not manifest.is_file():
         (output / "tasks").mkdir(parents=True, exist_ok=True)
         with only_one(output):
-            write_atomically(output / TOKENIZER_FILE, Path(options.tokenizer).read_bytes())
-            write_atomically(plan_path(output), json.dumps(plan, indent=1) + "\n")
-            tokenise(output, plan_tasks(files, settings), settings, tokenizer, plan, options)
-        return
-    from tools.corpus_finaliser import describe, remove_intermediate
-
+            # Another command may have finished between the question and the lock.
+            if not manifest.is_file():
+                write_atomically(output / TOKENIZER_FILE, Path(options.tokenizer).read_bytes())
+                write_atomically(plan_path(output), json.dumps(plan, indent=1) + "\n")
+                tokenise(output, plan_tasks(files, settings), settings, tokenizer, plan, options)
+                return
     remove_intermediate(output)
     print(f"tokenize: {output} is complete: {describe(read_manifest(output))}")
 
@@ -165,18 +166,15 @@ def check_plan(output: Path, plan: dict[str, Any]) -> None:
 @contextmanager
 def only_one(output: Path) -> Iterator[None]:
     """Hold the folder's lock. Raises UserError when another command writes there."""
-    folder = os.open(output, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise UserError(
-            f"output={str(output)!r}: another isoflop tokenize is writing there; wait for it"
-        ) from None
-    try:
+    with open(output / "tasks" / "lock", "wb") as file:
+        try:
+            # A POSIX lock is this process's own: no child that outlives it can keep it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(
+                f"output={str(output)!r}: another isoflop tokenize is writing there; wait for it"
+            ) from None
         yield
-    finally:
-        os.close(folder)
 
 
 def tokenise(

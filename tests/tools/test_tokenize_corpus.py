@@ -1,5 +1,6 @@
 """The command as a whole: nothing lost, nothing repeated, nothing that depends on luck."""
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -314,32 +315,83 @@ def test_a_broken_input_fails_in_one_line_and_heals(model, tmp_path, workers):
         run(corpus, model, out, task_bytes=10**6)
 
 
-def test_a_killed_worker_is_noticed(model, tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in/a.jsonl").write_bytes(b"".join(line(f"{i} word " * 30) for i in range(6_000)))
+BUSY = {"task_bytes": 500_000, "shard_bytes": 10**6}
+
+
+def many_rows(folder):
+    """A corpus that two workers are busy with for a while."""
+    (folder / "in").mkdir()
+    (folder / "in/a.jsonl").write_bytes(b"".join(line(f"{i} word " * 30) for i in range(4000)))
+    return folder / "in", {}
+
+
+@pytest.fixture
+def busy(model, tmp_path):
+    """The command, its first worker at work; its output folder; that worker's process id."""
     output = tmp_path / "out"
-    given = arguments((tmp_path / "in", {}), model, output, task_bytes=700_000, workers=2)
+    given = arguments(many_rows(tmp_path), model, output, **BUSY, workers=2)
     process = start(given, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not (running := list(output.glob("tasks/*.running"))) or not running[0].read_text():
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    os.kill(int(running[0].read_text()), signal.SIGKILL)
-    _, told = process.communicate(timeout=30)
+    yield process, output, int(running[0].read_text())
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_killed_worker_is_noticed(busy):
+    process, output, worker = busy
+    os.kill(worker, signal.SIGKILL)
+    _, told = process.communicate(timeout=60)
     assert process.returncode == 2
     assert b"killed from outside" in told
     assert b"Traceback" not in told
-    assert start(given).wait(60) == 0
-    assert sum(s.documents for s in read_manifest(output).shards) == 6_000
+    assert not (output / "manifest.json").exists()
 
 
-def test_a_second_command_on_the_same_folder_is_refused(corpus, model, tmp_path):
-    (tmp_path / "out/tasks").mkdir(parents=True)
-    with (
-        tokenize_corpus.only_one(tmp_path / "out"),
-        pytest.raises(UserError, match="another isoflop tokenize"),
-    ):
-        run(corpus, model, tmp_path / "out")
+def alive_in_group(group):
+    """Processes of a group that still run, after a moment's grace."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        states = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                states.append(path.read_text().rpartition(")")[2].split())
+        if not (alive := [s for s in states if int(s[2]) == group and s[0] != "Z"]):
+            return []
+        time.sleep(0.02)
+    return alive
+
+
+def test_a_command_killed_alone_leaves_no_process_and_no_lock(busy, model, tmp_path):
+    process, output, _ = busy
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    run((tmp_path / "in", {}), model, output, **BUSY)
+    assert sum(s.documents for s in read_manifest(output).shards) == 4000
+    assert not alive_in_group(process.pid)
+
+
+def test_an_interrupt_ends_quietly_and_the_same_command_goes_on(busy, model, tmp_path):
+    process, output, _ = busy
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert told == b"interrupted; the same command goes on from here\n"
+    assert not alive_in_group(process.pid)
+    run((tmp_path / "in", {}), model, output, **BUSY)
+    assert sum(s.documents for s in read_manifest(output).shards) == 4000
+
+
+def test_a_second_command_on_the_same_folder_is_refused(busy, model, tmp_path):
+    process, output, _ = busy
+    with pytest.raises(UserError, match="another isoflop tokenize"):
+        run((tmp_path / "in", {}), model, output, **BUSY)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    run((tmp_path / "in", {}), model, output, **BUSY)
 
 
 def test_options_that_cannot_be_are_refused():
