@@ -7,6 +7,7 @@ that depends on their names and the seed alone. Modules are parsed, never import
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import re
 import sysconfig
@@ -84,8 +85,9 @@ class Installation:
     prose: tuple[LibraryFile, ...]
 
     @staticmethod
+    @functools.cache
     def find() -> Installation:
-        """Look around. Raises UserError when isoflop itself is not installed."""
+        """Look around, once a process. Raises UserError when isoflop itself is not installed."""
         libraries: list[Library] = []
         files: list[LibraryFile] = []
         for library, found in [_standard_library(), *map(_distribution, _needed())]:
