@@ -115,7 +115,7 @@ def check_run(stage: Stage, argv: Sequence[str]) -> Plan:
     config = dataclasses.replace(
         config,
         name=config.name or Path(config.run_dir).name,
-        model=convert_overrides(config.model),
+        model=convert_overrides({**inherited_overrides(config), **config.model}),
     )
     ds_settings = read_deepspeed_file(config.ds_config)
     manifest = read_manifest(config.data)
@@ -128,6 +128,13 @@ def check_run(stage: Stage, argv: Sequence[str]) -> Plan:
     document = describe(stage, config, model_config, manifest, world_size)
     refuse_other_run(folder, document)
     return Plan(config, model_config, ds_settings, folder, document)
+
+
+def inherited_overrides(config: RunConfig) -> dict[str, Any]:
+    """What the parent of a finetuning run changed of its named shape."""
+    if config.init_from is None:
+        return {}
+    return dict(RunFolder(config.init_from).read_config()["run"]["model"])
 
 
 def convert_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:

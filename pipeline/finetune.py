@@ -13,7 +13,6 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 
 from pipeline.assemble import Stage, run_stage
 from pipeline.config import RunConfig
-from pipeline.data.manifest import read_manifest
 from pipeline.options import UserError, run_as_program
 from pipeline.run_folder import RunFolder
 
@@ -22,9 +21,13 @@ def check(config: RunConfig) -> Iterable[str]:
     """What only finetuning can get wrong."""
     if config.arch not in ("decllm", "redllm"):
         yield f"arch={config.arch!r}: is not finetuned on instructions; give decllm or redllm"
-    if config.flan is None:
-        yield "flan: missing; give --flan DIR, a folder made by isoflop flan"
-    elif read_manifest(config.flan).tokenizer.sha256 != read_manifest(config.data).tokenizer.sha256:
+    try:
+        pairs, _, blocks = open_data(config)
+    except UserError as error:
+        yield str(error)
+        return
+    tokenizer = blocks.manifest.tokenizer.sha256
+    if pairs.manifest.tokenizer.sha256 != tokenizer:
         yield (
             f"flan={config.flan!r}: was made with another tokenizer than data={config.data!r}; "
             "make it again with that folder's tokenizer.model"
@@ -39,40 +42,40 @@ def check(config: RunConfig) -> Iterable[str]:
                 f"{key}={getattr(config, key)!r}: the run in {config.init_from} has "
                 f"{parent['run'][key]!r}; give that"
             )
-    if parent["data"]["tokenizer_sha256"] != read_manifest(config.data).tokenizer.sha256:
+    if parent["data"]["tokenizer_sha256"] != tokenizer:
         yield (
             f"init_from={config.init_from!r}: was trained with another tokenizer than that of "
             f"data={config.data!r}; give matching ones"
         )
 
 
-def prepare(config: RunConfig, model: Any, tokenizer: Any, world: Any) -> tuple[Any, list[Any]]:
-    """Instruction pairs, the held-out pairs, and the pretraining's held-out blocks."""
+def open_data(config: RunConfig) -> tuple[Any, Any, Any]:
+    """Training pairs, held-out pairs, and held-out blocks of the pretraining data.
+
+    Raises UserError.
+    """
     from pipeline.data.flan import FlanStore
     from pipeline.data.loader import SequenceStore
+
+    if config.flan is None:
+        raise UserError("flan: missing; give --flan DIR, a folder made by isoflop flan")
+    blocks = SequenceStore(config.data, "validation", config.seq_len)
+    return FlanStore(config.flan, "train"), FlanStore(config.flan, "heldout"), blocks
+
+
+def prepare(config: RunConfig, model: Any, tokenizer: Any, world: Any) -> tuple[Any, list[Any]]:
+    """Instruction pairs, the held-out pairs, and the pretraining's held-out blocks."""
     from pipeline.evaluation.perplexity import block_set, instruction_set
     from pipeline.sources import InstructionSource
 
-    if config.flan is None:
-        raise UserError("flan: missing; give --flan DIR")
+    train, heldout, blocks = open_data(config)
     lengths = tokenizer.byte_lengths()
-    heldout = FlanStore(config.flan, "heldout")
+    special = {"bos": tokenizer.bos, "pad": tokenizer.pad}
     evalsets = [
-        instruction_set(
-            "flan_heldout", heldout, config, lengths, world, bos=tokenizer.bos, pad=tokenizer.pad
-        ),
-        block_set(
-            "validation",
-            SequenceStore(config.data, "validation", config.seq_len),
-            config,
-            lengths,
-            world,
-            bos=tokenizer.bos,
-        ),
+        instruction_set("flan_heldout", heldout, config, lengths, world, **special),
+        block_set("validation", blocks, config, lengths, world, bos=tokenizer.bos),
     ]
-    store = FlanStore(config.flan, "train")
-    source = InstructionSource(config, model, store, bos=tokenizer.bos, pad=tokenizer.pad)
-    return source, evalsets
+    return InstructionSource(config, model, train, **special), evalsets
 
 
 STAGE = Stage(

@@ -13,7 +13,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 
 from pipeline.assemble import Stage, run_stage
 from pipeline.config import RunConfig
-from pipeline.options import run_as_program
+from pipeline.options import UserError, run_as_program
 
 
 def check(config: RunConfig) -> Iterable[str]:
@@ -22,13 +22,15 @@ def check(config: RunConfig) -> Iterable[str]:
         yield f"flan={config.flan!r}: is for pipeline/finetune.py; leave it out"
     if config.init_from is not None:
         yield f"init_from={config.init_from!r}: is for pipeline/finetune.py; leave it out"
+    try:
+        open_data(config)
+    except UserError as error:
+        yield str(error)
 
 
-def prepare(config: RunConfig, model: Any, tokenizer: Any, world: Any) -> tuple[Any, list[Any]]:
-    """Blocks in the run's order, and the held-out blocks."""
+def open_data(config: RunConfig) -> tuple[Any, Any]:
+    """The order of training samples and the held-out sequences. Raises UserError."""
     from pipeline.data.loader import SequenceStore, TrainingOrder
-    from pipeline.evaluation.perplexity import block_set
-    from pipeline.sources import PretrainingSource
 
     order = TrainingOrder(
         SequenceStore(config.data, "train", config.seq_len),
@@ -36,7 +38,15 @@ def prepare(config: RunConfig, model: Any, tokenizer: Any, world: Any) -> tuple[
         shuffle_window="all" if config.shuffle_window == "all" else int(config.shuffle_window),
         weights=config.weights or None,
     )
-    heldout = SequenceStore(config.data, "validation", config.seq_len)
+    return order, SequenceStore(config.data, "validation", config.seq_len)
+
+
+def prepare(config: RunConfig, model: Any, tokenizer: Any, world: Any) -> tuple[Any, list[Any]]:
+    """Blocks in the run's order, and the held-out blocks."""
+    from pipeline.evaluation.perplexity import block_set
+    from pipeline.sources import PretrainingSource
+
+    order, heldout = open_data(config)
     evalset = block_set(
         "validation", heldout, config, tokenizer.byte_lengths(), world, bos=tokenizer.bos
     )

@@ -17,7 +17,6 @@ from typing import IO, Any
 
 from pipeline.options import UserError
 
-
 # Open for as long as the process lives: the kernel drops a lock with its file, however it ends.
 _HELD_LOCKS: list[IO[str]] = []
 

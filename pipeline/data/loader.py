@@ -16,6 +16,7 @@ from pipeline.data.shards import ShardReader, token_layout
 from pipeline.options import UserError
 
 _OPEN_SHARDS = 1024  # maps held at once; the kernel allows 65,530 a process
+_LOCATED_AT_ONCE = 1024  # positions whose order is computed together, which vectorises
 _EVALUATION_KEY = 0x15F10B  # fixed, so that every run ever made is scored on the same choice
 
 
@@ -201,6 +202,7 @@ class TrainingOrder:
         except ValueError as error:
             raise UserError(str(error)) from None
         self._sizes = np.array([len(order) for order in self._orders], np.int64)
+        self._located: tuple[int, np.ndarray, np.ndarray] = (-1, self._sizes[:0], self._sizes[:0])
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Source index (into `mixture.sources`), epoch of that source, sequence index: int64."""
@@ -225,12 +227,20 @@ class TrainingOrder:
 
     def batch(self, start: int, count: int) -> SampleBatch:
         """Samples at positions [start, start + count)."""
-        sources, _, indices = self.locate(np.arange(start, start + count))
         numbers = np.empty(count, np.int64)
         ids = np.empty((count, self.store.seq_len), self.store.manifest.dtype)
         valid = np.empty(count, np.int64)
-        for row, (s, index) in enumerate(zip(sources.tolist(), indices.tolist(), strict=True)):
-            name = self.mixture.sources[s]
+        for row in range(count):
+            name, index = self._at(start + row)
             ids[row], valid[row] = self.store.read(name, index)
             numbers[row] = self.store.sample_number(name, index)
         return SampleBatch(numbers, ids, valid)
+
+    def _at(self, position: int) -> tuple[str, int]:
+        """Source and sequence at a position, from a run of positions that is worked out at once."""
+        run, offset = divmod(position, _LOCATED_AT_ONCE)
+        if self._located[0] != run:
+            positions = np.arange(run * _LOCATED_AT_ONCE, (run + 1) * _LOCATED_AT_ONCE)
+            source, _, index = self.locate(positions)
+            self._located = (run, source, index)
+        return self.mixture.sources[self._located[1][offset]], int(self._located[2][offset])

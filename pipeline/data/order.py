@@ -94,6 +94,7 @@ class WindowedOrder:
         self._seed = seed
         self._window: ShuffleWindow = window
         self._epoch = -1
+        self._whole: Permutation | None = None
         self._shards = self._shard_ends = self._window_ends = np.zeros(0, np.int64)
 
     def __len__(self) -> int:
@@ -106,9 +107,9 @@ class WindowedOrder:
         `positions` is int64 with values in [0, len(self)); the result has its shape.
         """
         positions = np.asarray(positions, np.int64)
-        if self._window == "all":
-            return Permutation(len(self), derive_key(self._seed, epoch))(positions)
         self._prepare(epoch)
+        if self._whole is not None:
+            return self._whole(positions)
         located = np.empty_like(positions)
         windows = np.searchsorted(self._window_ends, positions, side="right")
         for window in np.unique(windows):
@@ -125,10 +126,12 @@ class WindowedOrder:
     def _prepare(self, epoch: int) -> None:
         if epoch == self._epoch:
             return
-        assert self._window != "all"
+        self._epoch = epoch
+        if self._window == "all":
+            self._whole = Permutation(len(self), derive_key(self._seed, epoch))
+            return
         count = len(self._samples)
         self._shards = Permutation(count, derive_key(self._seed, epoch, 0))(np.arange(count))
         self._shard_ends = np.cumsum(self._samples[self._shards])
         last = np.minimum(np.arange(self._window, count + self._window, self._window), count) - 1
         self._window_ends = self._shard_ends[last]
-        self._epoch = epoch

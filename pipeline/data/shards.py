@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import mmap
 import os
 import tarfile
@@ -49,10 +50,10 @@ class Member:
         np.lib.format.write_array_header_1_0(buffer, {**description, "shape": self.shape})
         return buffer.getvalue()
 
-    @property
+    @cached_property
     def data_bytes(self) -> int:
         """Size of the array without the header."""
-        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     @property
     def num_chunks(self) -> int:

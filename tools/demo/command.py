@@ -19,7 +19,6 @@ from pipeline.run_folder import RunFolder, write_atomically
 from tools.demo.stages import Stage, stages
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-MARGIN = 0.5  # nats a model must end below the unigram entropy of what it is scored on
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,9 @@ class Options:
 
     output: str = option("folder to work in", "demo_run", metavar="DIR", positional=True)
     scale: float = option("multiplies the number of training steps", 1.0, minimum=0.0)
+    margin: float = option(
+        "nats that every model must end below the unigram entropy of what it is scored on", 0.5
+    )
     install_seconds: float = option("what the installation took, for the table of times", 0.0)
 
 
@@ -57,6 +59,10 @@ def run(options: Options) -> None:
                     times[stage.name] = round(times.get(stage.name, 0.0) + spent, 1)
                     write_atomically(root / "times.json", json.dumps(times, indent=2) + "\n")
     _summarise(root, plan, times, options.install_seconds, memory.peak)
+    lagging = not_learned(root / "runs", options.margin)
+    if lagging:
+        print("error: not every model learned:\n" + "\n".join(lagging), file=sys.stderr)
+        sys.exit(1)
 
 
 def _run_stage(stage: Stage) -> None:
@@ -90,22 +96,26 @@ def _wait(child: subprocess.Popen[bytes]) -> int:
             for number in (signal.SIGINT, signal.SIGTERM)
         }
         try:
-            _interrupt(child)
+            interrupt_tree(child.pid)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
         raise
 
 
-def _interrupt(child: subprocess.Popen[bytes]) -> None:
-    """Send SIGINT to what does the work, and end whatever is left a minute later.
+def interrupt_tree(pid: int) -> None:
+    """Send SIGINT to what does the work below `pid`, and end whatever is left a minute later.
 
     DeepSpeed's launcher would die at once and leave its ranks behind, so the ranks are asked: they
     agree on a step, save, and leave, and the launcher ends after them.
     """
     import psutil
 
-    family = [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]
+    try:
+        top = psutil.Process(pid)
+        family = [top, *top.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
     leaves = [process for process in family if not process.children()]
     for process in leaves:
         process.send_signal(signal.SIGINT)
@@ -193,14 +203,10 @@ def _summarise(
     print(f"peak memory (sum of resident sets) {peak / 2**30:.2f} GiB")
     report = root / "report" / "report.html"
     print(f"table:  {root / 'report' / 'points.csv'}\nreport: {report}")
-    lagging = not_learned(runs)
-    if lagging:
-        print("error: not every model learned:\n" + "\n".join(lagging), file=sys.stderr)
-        sys.exit(1)
 
 
-def not_learned(runs: Path) -> list[str]:
-    """A line for each run whose final loss is not `MARGIN` nats below the unigram entropy."""
+def not_learned(runs: Path, margin: float) -> list[str]:
+    """A line for each run whose final loss is not `margin` nats below the unigram entropy."""
     lines = []
     for file in sorted(runs.glob("*/eval.jsonl")):
         records = [json.loads(line) for line in file.read_text().splitlines()]
@@ -209,9 +215,9 @@ def not_learned(runs: Path) -> list[str]:
         judged = final.get("flan_heldout") or final.get("validation")
         if judged is None:
             lines.append(f"{file.parent.name}: was never scored at its end")
-        elif not judged["loss"] <= judged["unigram_entropy"] - MARGIN:
+        elif not judged["loss"] <= judged["unigram_entropy"] - margin:
             lines.append(
                 f"{file.parent.name}: loss {judged['loss']:.3f} on {judged['eval_set']} is not "
-                f"{MARGIN} nats below the unigram entropy {judged['unigram_entropy']:.3f}"
+                f"{margin} nats below the unigram entropy {judged['unigram_entropy']:.3f}"
             )
     return lines

@@ -13,6 +13,16 @@ FINETUNED_SIZE = "mini"
 SEQ_LEN = 64
 VOCAB_SIZE = 2048
 RANKS = 2
+DECLLM_BLOCKS = {
+    "positions": "rotary",
+    "norm": "rmsnorm",
+    "feed_forward": "swiglu",
+    "qkv_norm": True,
+    "bias": False,
+    "initializer": "fan_in",
+    "scale_embedding": True,
+    "scale_residual_init": False,
+}
 
 
 @dataclass(frozen=True)
@@ -84,17 +94,20 @@ def pretrain_config(runs: Path, shards: Path, arch: str, size: str, scale: float
     """The run.yaml of one pretraining.
 
     An ENTP step costs about T/2 times a decoder's, so ENTP sees fewer tokens: the frontier compares
-    at equal FLOPs, not at equal steps.
+    at equal FLOPs, not at equal steps. It is given DecLLM's blocks instead of GPT-2's, so that what
+    each token may see is all that differs.
     """
-    steps = max(8, round((150 if arch == "entp" else 300) * scale))
+    entp = arch == "entp"
+    steps = max(8, round((200 if entp else 240) * scale))
     return {
         "run_dir": str(runs / f"{arch}-{size}"),
         "data": str(shards),
         "arch": arch,
         "size": size,
+        "model": dict(DECLLM_BLOCKS) if entp else {},
         "seq_len": SEQ_LEN,
         "steps": steps,
-        "global_batch": 16 if arch == "entp" else 64,
+        "global_batch": 8 if entp else 64,
         "lr": 0.01,
         "schedule": "cosine",
         "warmup_steps": steps // 20,
