@@ -184,7 +184,7 @@ def _unpacking_errors() -> tuple[type[Exception], ...]:
     return (OSError, EOFError, zlib.error, zstandard.ZstdError)
 
 
-def open_stream(path: Path) -> IO[bytes]:
+def open_stream(path: Path) -> IO[bytes] | gzip.GzipFile:
     """The file's bytes, unpacked by its suffix; frames and members follow one another."""
     if path.suffix == ".gz":
         return gzip.open(path, "rb")

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def run(options: Options) -> None:
     )
 
 
-def check_existing(out: Path, parameters: dict[str, object]) -> bool:
+def check_existing(out: Path, parameters: Mapping[str, object]) -> bool:
     """Whether OUT is finished with these parameters.
 
     Raises:

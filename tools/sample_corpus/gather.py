@@ -13,6 +13,7 @@ import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from email.message import Message
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
@@ -176,12 +177,17 @@ def _installed(name: str) -> list[metadata.Distribution]:
 
 def _distribution(distribution: metadata.Distribution) -> tuple[Library, list[LibraryFile]]:
     about = distribution.metadata
-    readme = about.get_payload() or about.get("Description") or ""  # type: ignore[attr-defined]
+
+    def told(field: str) -> str:
+        return str(about[field]) if field in about else ""
+
+    # The text of METADATA is the message's payload, or the Description field of old wheels.
+    payload = about.get_payload() if isinstance(about, Message) else ""
     library = Library(
         name=about["Name"].lower(),
         version=about["Version"],
-        license=(about.get("License-Expression") or about.get("License") or "").split("\n")[0][:40],
-        readme=readme if isinstance(readme, str) else "",
+        license=(told("License-Expression") or told("License")).split("\n")[0][:40],
+        readme=payload if isinstance(payload, str) and payload else told("Description"),
     )
     files = []
     for file in distribution.files or ():

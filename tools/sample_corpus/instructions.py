@@ -156,14 +156,14 @@ def units_of(module: str, tree: ast.Module, text: str) -> Iterator[Unit]:
             names = tuple(p.arg for p in parameters if p.arg not in ("self", "cls"))
             source = _source_without_docstring(text, node)
             yield _unit(module, node.name, signature(node), docstring, source, names)
-    for node in tree.body:
-        docstring = ast.get_docstring(node) if isinstance(node, ast.ClassDef) else None
-        if isinstance(node, ast.ClassDef) and docstring:
-            methods = [n.name for n in node.body if isinstance(n, Function)]
+    for kind in tree.body:
+        docstring = ast.get_docstring(kind) if isinstance(kind, ast.ClassDef) else None
+        if isinstance(kind, ast.ClassDef) and docstring:
+            methods = [n.name for n in kind.body if isinstance(n, Function)]
             public = tuple(name for name in methods if not name.startswith("_"))
-            bases = ", ".join(map(ast.unparse, node.bases))
-            line = f"class {node.name}({bases}):"
-            yield _unit(module, node.name, line, docstring, "", public, is_class=True)
+            bases = ", ".join(map(ast.unparse, kind.bases))
+            line = f"class {kind.name}({bases}):"
+            yield _unit(module, kind.name, line, docstring, "", public, is_class=True)
 
 
 def _unit(

@@ -10,6 +10,7 @@ weights = st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), min_size=1, ma
 )
 
 
+@settings(deadline=None)
 @given(weights)
 def test_quanta_sum_to_the_period_and_keep_every_source(values):
     quanta = quantise(values)

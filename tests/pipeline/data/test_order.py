@@ -1,17 +1,19 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.order import Permutation, WindowedOrder, derive_key
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
 def test_permutation_is_one(n, key):
     image = Permutation(n, key)(np.arange(n))
     assert np.array_equal(np.sort(image), np.arange(n))
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 1 << 62), key=st.integers(0, 2**64 - 1), data=st.data())
 def test_permutation_of_any_size_stays_inside_and_one_to_one(n, key, data):
     positions = data.draw(st.lists(st.integers(0, n - 1), unique=True, max_size=50))
@@ -38,6 +40,7 @@ shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(lambd
 windows = st.one_of(st.just("all"), st.integers(1, 14))
 
 
+@settings(deadline=None)
 @given(sizes=shard_sizes, seed=st.integers(0, 2**32), window=windows, epoch=st.integers(0, 5))
 def test_every_sample_once_an_epoch(sizes, seed, window, epoch):
     order = WindowedOrder(sizes, seed, window)
@@ -45,6 +48,7 @@ def test_every_sample_once_an_epoch(sizes, seed, window, epoch):
     assert np.array_equal(np.sort(located), np.arange(sum(sizes)))
 
 
+@settings(deadline=None)
 @given(
     sizes=shard_sizes, seed=st.integers(0, 2**32), window=st.integers(1, 5), epoch=st.integers(0, 3)
 )
@@ -57,6 +61,7 @@ def test_a_window_holds_whole_shards_only(sizes, seed, window, epoch):
         assert len(np.unique(span)) <= window
 
 
+@settings(deadline=None)
 @given(sizes=shard_sizes, seed=st.integers(0, 99), window=windows)
 def test_position_alone_decides(sizes, seed, window):
     order, other = WindowedOrder(sizes, seed, window), WindowedOrder(sizes, seed, window)
