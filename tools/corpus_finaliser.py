@@ -21,8 +21,8 @@ from pipeline.data.manifest import (
 )
 from pipeline.data.shards import token_layout
 from pipeline.data.tokenizer import Tokenizer
+from tools.corpus_packer import BlockPacker
 from tools.corpus_tasks import (
-    BlockPacker,
     Record,
     Settings,
     Task,

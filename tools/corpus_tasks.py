@@ -20,9 +20,10 @@ import numpy as np
 import xxhash
 
 from pipeline.data.manifest import Shard, write_atomically
-from pipeline.data.shards import SampleLayout, ShardWriter, token_layout
+from pipeline.data.shards import token_layout
 from pipeline.data.tokenizer import Tokenizer, load
 from tools.corpus import Document, Reject, read_documents
+from tools.corpus_packer import BlockPacker
 
 TOKENIZER_FILE = "tokenizer.model"
 _BATCH_CHARACTERS = 1 << 20
@@ -120,93 +121,6 @@ def split_of(text_bytes: bytes, validation_fraction: float) -> str:
     """train or validation, by the text alone: equal texts never end on both sides."""
     threshold = int(validation_fraction * 2**64)
     return "validation" if xxhash.xxh3_64_intdigest(text_bytes) < threshold else "train"
-
-
-class BlockPacker:
-    """Joins the documents of one split and source into blocks, and blocks into shards."""
-
-    def __init__(
-        self, output: Path, split: str, source: str, task: int, layout: SampleLayout, limit: int
-    ) -> None:
-        member = layout.members[0]
-        self.shards: list[Shard] = []
-        self._output, self._split, self._source, self._task = output, split, source, task
-        self._layout = layout
-        self._samples_limit = max(1, limit // layout.sample_bytes)
-        self._block = np.empty(member.shape, member.dtype)
-        self._filled = 0
-        self._ends: list[tuple[int, int]] = []  # of documents in this block: end, text bytes
-        self._writer: ShardWriter | None = None
-        self._tokens = self._documents = self._text_bytes = 0
-
-    def add(self, ids: np.ndarray, text_bytes: int) -> None:
-        """Append ids that end a document, [EOD] included."""
-        while len(ids):
-            count = min(len(self._block) - self._filled, len(ids))
-            self._block[self._filled : self._filled + count] = ids[:count]
-            self._filled += count
-            ids = ids[count:]
-            if not len(ids):
-                self._ends.append((self._filled, text_bytes))
-            if self._filled == len(self._block):
-                self._write_block()
-
-    def _write_block(self) -> None:
-        if self._writer is None:
-            part = len(self.shards)
-            name = f"shard-{self._task:06d}-{part:03d}.tar"
-            path = self._output / self._split / self._source / name
-            self._writer = ShardWriter(path, self._layout, f"{self._task:06d}-{part:03d}")
-        self._writer.add({self._layout.members[0].name: self._block})
-        self._tokens += self._filled
-        self._documents += len(self._ends)
-        self._text_bytes += sum(text_bytes for _, text_bytes in self._ends)
-        self._filled = 0
-        self._ends.clear()
-        if self._writer.samples == self._samples_limit:
-            self._close_shard()
-
-    def _close_shard(self) -> None:
-        if self._writer is None:
-            return
-        written = self._writer.close()
-        self.shards.append(
-            Shard(
-                path=self._writer.path.relative_to(self._output).as_posix(),
-                split=self._split,
-                source=self._source,
-                samples=written.samples,
-                tokens=self._tokens,
-                documents=self._documents,
-                text_bytes=self._text_bytes,
-                bytes=written.bytes,
-                sha256=written.sha256,
-            )
-        )
-        self._writer = None
-        self._tokens = self._documents = self._text_bytes = 0
-
-    def tail(self) -> dict[str, np.ndarray]:
-        """End the shards; what filled no block: ids, ends of documents in them, text bytes."""
-        self._close_shard()
-        ends = np.array(self._ends, np.int64).reshape(-1, 2)
-        return {
-            "ids": self._block[: self._filled].copy(),
-            "ends": ends[:, 0],
-            "text_bytes": ends[:, 1],
-        }
-
-    def pad(self, pad: int) -> None:
-        """End the shards, the last block padded."""
-        if self._filled:
-            self._block[self._filled :] = pad
-            self._write_block()
-        self._close_shard()
-
-    def abort(self) -> None:
-        """Remove the shard that was being written."""
-        if self._writer is not None:
-            self._writer.abort()
 
 
 def run_task(task: Task, settings: Settings, output: Path, *, in_worker: bool = False) -> Record:
