@@ -21,11 +21,7 @@ from pipeline import objectives
 from pipeline.config import RunConfig
 from pipeline.data.flan import FlanStore
 from pipeline.data.loader import SequenceStore
-from pipeline.data.order import Permutation, derive_key
 from pipeline.distributed import World, sum_over_ranks
-
-# Which pairs are chosen does not depend on the run's seed: every run is scored on the same.
-EVALUATION_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -83,10 +79,8 @@ def instruction_set(
     pad: int,
 ) -> EvalSet:
     """Held-out instruction pairs, scored on their targets."""
-    count = min(config.eval_sequences, len(store))
-    order = Permutation(len(store), derive_key(EVALUATION_SEED))
-    chosen = order(np.arange(count)).tolist()
-    mine, real = _share(count, world)
+    chosen = store.evaluation_choice(config.eval_sequences)
+    mine, real = _share(len(chosen), world)
     pairs = [store.read(chosen[index])[:2] for index in mine]
     size = config.eval_micro_batch
     batches = [

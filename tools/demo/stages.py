@@ -68,7 +68,7 @@ def stages(root: Path, scale: float) -> list[Stage]:
             workers=RANKS,
             block_tokens=16384,
             task_bytes=2_000_000,
-            validation_fraction=0.02,
+            validation_fraction=0.05,
         ),
         _isoflop(
             "flan",
@@ -98,7 +98,7 @@ def pretrain_config(runs: Path, shards: Path, arch: str, size: str, scale: float
     each token may see is all that differs.
     """
     entp = arch == "entp"
-    steps = max(8, round((200 if entp else 240) * scale))
+    steps = max(8, round((250 if entp else 240) * scale))
     return {
         "run_dir": str(runs / f"{arch}-{size}"),
         "data": str(shards),

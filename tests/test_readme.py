@@ -1,0 +1,100 @@
+"""Every command of the README is run here on small data, or is listed with why it is not."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import RunConfig
+from pipeline.options import load, parse_command_line
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+NOT_RUN = {
+    "make demo": "tests/soak/test_demo.py runs what it runs",
+    "make test": "it is what runs this",
+    "deepspeed --hostfile hostfile pipeline/pretrain.py": (
+        "needs eight nodes; its file is loaded below, its launch is in tests/distributed"
+    ),
+    "deepspeed --hostfile hostfile pipeline/finetune.py": "likewise",
+}
+
+
+def blocks(language: str) -> list[str]:
+    """Fenced blocks of one language."""
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Every command line of the README."""
+    return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+
+
+def test_every_command_is_run_or_says_why_not() -> None:
+    assert len(commands()) >= 10
+    for command in commands():
+        known = command.startswith("isoflop ") or any(map(command.startswith, NOT_RUN))
+        assert known, f"{command}: run it in a test, or say here why not"
+
+
+@pytest.mark.distributed
+def test_the_isoflop_commands_work_in_order_on_small_data(
+    corpus_dir: Path, shards_dir: Path, tmp_path: Path
+) -> None:
+    """The README's own flags; only places and sizes are made small."""
+    from tests.distributed.entry import flags, run_entry
+    from tools.cli import dispatch
+
+    flan = tmp_path / "rows"
+    flan.mkdir()
+    row = (
+        '{"inputs": "Name it: def f(x):", "targets": "f", "task_source": "CoT", '
+        '"task_name": "name", "template_type": "zs"}\n'
+    )
+    (flan / "rows.jsonl").write_text(row * 50)
+    run_entry("pretrain", 1, flags(tmp_path / "runs" / "decllm-nano", shards_dir))
+    places = {
+        "/data/redpajama/**/*.jsonl*": f"{corpus_dir}/**/*.jsonl*",
+        "/data/flan/*.jsonl.gz": f"{flan}/*.jsonl",
+        "/data/flan_tokens": f"{tmp_path}/flan_tokens",
+        "/data/tokens": f"{tmp_path}/tokens",
+        "/runs": f"{tmp_path}/runs",
+        "/reports/first": f"{tmp_path}/report",
+        "redpajama.model": f"{tmp_path}/redpajama.model",
+        "32768": "512",
+        "96": "2",
+    }
+    ran = 0
+    for command in commands():
+        words = shlex.split(command)
+        if words[0] == "isoflop":
+            dispatch([places.get(word, word) for word in words[1:]])
+            ran += 1
+    assert ran >= 6
+    assert (tmp_path / "tokens" / "manifest.json").exists()
+    assert (tmp_path / "flan_tokens" / "manifest.json").exists()
+    assert (tmp_path / "report" / "report.html").exists()
+
+
+def test_the_run_file_and_the_flags_of_the_launches_are_accepted() -> None:
+    (document,) = blocks("yaml")
+    values = yaml.safe_load(document)
+    config = load(RunConfig, values)
+    assert config.global_batch == 2048
+    for command in commands():
+        if command.startswith("deepspeed"):
+            words = shlex.split(command)
+            flags = words[words.index("--config") + 2 :]
+            required = [f"--{key}={value}" for key, value in values.items()]
+            arch = ["--arch=decllm"] if "bidirectional" in command else ["--arch=redllm"]
+            required = [word for word in required if not word.startswith("--arch=")]
+            parse_command_line(RunConfig, [*required, *arch, *flags], "run")
+
+
+def test_every_file_it_links_to_exists() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if "://" not in target:
+            assert (Path(__file__).parent.parent / target).exists(), target
