@@ -19,6 +19,7 @@ from pipeline.options import UserError
 
 FORMAT = 1
 STAGES = ("pretrain", "finetune")
+DIRECTION_MARKS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 FLOP_CONVENTIONS = ("flops_6n", "flops_model_causal", "flops_model_full", "flops_hardware")
 
 
@@ -120,16 +121,21 @@ def read_run(folder: Path, relative: str) -> Run:
 def plain_text(value: object) -> str:
     """`value` as text that any terminal, CSV or page may show.
 
-    Control characters (a terminal would obey them) and halves of surrogate pairs (UTF-8 cannot
-    hold them) become U+FFFD.
+    Control characters and marks that turn the reading direction (a terminal would obey both) and
+    halves of surrogate pairs (UTF-8 cannot hold them) become U+FFFD.
     """
-    return "".join("�" if unicodedata.category(c) in ("Cc", "Cs") else c for c in str(value))
+    return "".join(
+        "\ufffd" if unicodedata.category(c) in ("Cc", "Cs") or c in DIRECTION_MARKS else c
+        for c in str(value)
+    )
 
 
 def _parent(value: object) -> str:
-    if isinstance(value, Mapping):
-        return plain_text(value.get("name") or value.get("run") or value.get("path") or "")
-    return plain_text(value or "")
+    """The name of the run folder that `value`, a path to it or to a checkpoint in it, is in."""
+    parts = [part for part in str(value or "").split("/") if part]
+    if "checkpoints" in parts[1:]:
+        parts = parts[: parts.index("checkpoints", 1)]
+    return plain_text(parts[-1]) if parts else ""
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from tools.frontier.points import Point, final_points, points_of
 from tools.frontier.run_folder import Run
 
+LONGEST_NAME = 40
+
 
 @dataclass(frozen=True)
 class FinalRow:
@@ -74,7 +76,8 @@ def text_table(rows: Sequence[FinalRow]) -> str:
     )
     cells = [header]
     for row in rows:
-        name = row.run if row.stage == "pretrain" else f"{row.run} [{row.stage}]"
+        name = row.run if len(row.run) <= LONGEST_NAME else row.run[: LONGEST_NAME - 1] + "…"
+        name += "" if row.stage == "pretrain" else f" [{row.stage}]"
         cells.append(
             (
                 row.arch,
