@@ -48,4 +48,5 @@ def prefix_mask(positions: Tensor, prefix_lengths: Tensor) -> Tensor:
     """
     causal = positions.unsqueeze(1) >= positions
     inside = positions < prefix_lengths.unsqueeze(1)
-    return (causal | (inside.unsqueeze(1) & inside.unsqueeze(2))).unsqueeze(1)
+    # A prefix position seen from past the prefix is already seen causally.
+    return (causal | inside.unsqueeze(1)).unsqueeze(1)
