@@ -136,10 +136,10 @@ class Trainer:
             group["lr"] = rate
         # Dropout is a pure function of (seed, step, rank): a resume needs no generator state.
         torch.manual_seed(hash((config.seed, self.step, world.rank)) % 2**63)
-        nll, squared_z = self._backward(share, counts.target_tokens)
+        loss_sums = self._backward(share, counts.target_tokens)
         engine.step()
-        sums = torch.tensor([nll, squared_z, *_flops_row(share.flops)], dtype=torch.float64)
-        nll, squared_z, *flops = sum_over_ranks(sums.to(world.device)).tolist()
+        row = torch.tensor(_flops_row(share.flops), dtype=torch.float64, device=world.device)
+        nll, squared_z, *flops = sum_over_ranks(torch.cat([loss_sums, row])).tolist()
         applied = bool(engine.was_step_applied()) and math.isfinite(nll)
         start = self.step * config.global_batch
         self.step += 1
@@ -159,21 +159,22 @@ class Trainer:
             sample_hash=counts.sample_hash,
         )
 
-    def _backward(self, share: Share, target_tokens: int) -> tuple[float, float]:
+    def _backward(self, share: Share, target_tokens: int) -> torch.Tensor:
         """Gradients of the mean loss over the global batch's target tokens.
+
+        Returns this rank's sums of nats and of squared log-normalisers, [2] float64.
 
         DeepSpeed averages gradients over ranks, so each rank's sum is divided by the global number
         of targets and multiplied by the number of ranks: uneven masks weigh as they should.
         """
         scale = self.world.size / target_tokens
-        nll = squared_z = 0.0
+        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for batch in share.micro_batches:
             chunks = self.engine.module.loss_chunks(batch.to(self.world.device), self.config.z_loss)
             for terms in chunks:
                 backward(self.engine, terms.objective * scale)
-                nll += float(terms.nll)
-                squared_z += float(terms.z)
-        return nll, squared_z
+                sums += torch.stack([terms.nll, terms.z])
+        return sums
 
     def _sum_counts(self, share: Share) -> _Counts:
         signed = share.sample_hash - 2**64 * (share.sample_hash >= 2**63)

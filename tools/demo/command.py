@@ -41,7 +41,9 @@ def run(options: Options) -> None:
     """Run what is not done yet and print the table. Exits with 1 where a stage or a model fails."""
     if not (ROOT / "pipeline" / "pretrain.py").exists():
         raise UserError("demo: runs from a checkout; install isoflop with make install")
+    # Paths below the checkout are written as such: run folders say the same on every machine.
     root = Path(os.path.relpath(options.output, ROOT))
+    os.chdir(ROOT)
     times = _read_times(root)
     plan = stages(root, options.scale)
     memory = PeakMemory()
@@ -201,8 +203,8 @@ def _summarise(
         print(f"  {name:<28}{seconds:>8.1f}")
     print(f"  {'all':<28}{sum(shown.values()):>8.1f}")
     print(f"peak memory (sum of resident sets) {peak / 2**30:.2f} GiB")
-    report = root / "report" / "report.html"
-    print(f"table:  {root / 'report' / 'points.csv'}\nreport: {report}")
+    report = (root / "report").resolve()
+    print(f"table:  {report / 'points.csv'}\nreport: {report / 'report.html'}")
 
 
 def not_learned(runs: Path, margin: float) -> list[str]:
