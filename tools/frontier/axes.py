@@ -40,8 +40,8 @@ def num(value: float) -> str:
 
 def power(value: float) -> str:
     """`2e12` as 2×10¹²."""
-    exponent = math.floor(math.log10(value) + 1e-9)
-    factor = round(value / 10.0**exponent, 3)
+    digits, _, exponent_text = f"{value:.3e}".partition("e")
+    factor, exponent = float(digits), int(exponent_text)
     ten = "10" + str(exponent).translate(SUPERSCRIPTS)
     return ten if factor == 1 else f"{factor:g}×{ten}"
 

@@ -131,19 +131,7 @@ def learning_chart(
 
     `eval_set` is drawn solid, others dashed; `number` makes the chart's names unique.
     """
-    last = max(
-        [e.processed_tokens for e in run.evaluations]
-        + [t.processed_tokens for t in run.training]
-        + [1]
-    )
-    first = min(
-        [e.processed_tokens for e in run.evaluations]
-        + [t.processed_tokens for t in run.training]
-        + [last - 1]
-    )
-    # A finetune run counts from its parent's tokens: its axis starts there.
-    start = 0 if first < last / 2 else first
-    frame = plot.Frame(336, 200, x=(start, last), y=limits, log=False, bottom=38)
+    frame = plot.Frame(336, 200, x=_token_range(run), y=limits, log=False, bottom=38)
     training = [(t[0], t[1]) for t in binned([(t.processed_tokens, t.loss) for t in run.training])]
     layers = [
         plot.axes(
@@ -181,6 +169,14 @@ def learning_chart(
         f"Training loss and held-out loss of {run.arch} run {run.name} over processed tokens.",
         layers,
     )
+
+
+def _token_range(run: Run) -> tuple[float, float]:
+    tokens = [e.processed_tokens for e in run.evaluations]
+    tokens += [t.processed_tokens for t in run.training]
+    first, last = min(tokens), max(*tokens, 1)
+    # A finetuning run counts from its parent's tokens: its axis starts there.
+    return (first, last) if last / 2 < first < last else (0, last)
 
 
 def _describe_evaluation(run: Run, evaluation: Evaluation) -> str:

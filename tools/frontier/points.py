@@ -15,7 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.options import UserError
-from tools.frontier.run_folder import Evaluation, Run, is_run_folder, plain_text, read_run
+from tools.frontier.run_folder import (
+    FLOP_CONVENTIONS,
+    Evaluation,
+    Run,
+    is_run_folder,
+    plain_text,
+    read_run,
+)
 
 REQUIRED = ("arch", "params", "tokens", "flops", "loss")
 COLUMNS = (
@@ -104,25 +111,23 @@ def points_of(runs: Iterable[Run]) -> list[Point]:
 
 
 def _point(run: Run, evaluation: Evaluation) -> Point:
-    return Point(
+    e = evaluation
+    return Point(  # floats throughout, so that a table read back gives equal points
         arch=run.arch,
-        params=run.params,
-        tokens=evaluation.processed_tokens,
-        flops=evaluation.flops_model_causal,
-        loss=evaluation.loss,
-        params_non_embedding=run.params_non_embedding,
-        processed_tokens=evaluation.processed_tokens,
-        loss_tokens=evaluation.loss_tokens,
-        flops_6n=evaluation.flops_6n,
-        flops_model_causal=evaluation.flops_model_causal,
-        flops_model_full=evaluation.flops_model_full,
-        flops_hardware=evaluation.flops_hardware,
-        eval_set=evaluation.eval_set,
-        bits_per_byte=evaluation.bits_per_byte,
-        seed=run.seed,
+        params=float(run.params),
+        tokens=float(e.processed_tokens),
+        flops=float(e.flops_model_causal),
+        loss=float(e.loss),
+        params_non_embedding=float(run.params_non_embedding),
+        processed_tokens=float(e.processed_tokens),
+        loss_tokens=float(e.loss_tokens),
+        **{name: float(getattr(e, name)) for name in FLOP_CONVENTIONS},
+        eval_set=e.eval_set,
+        bits_per_byte=e.bits_per_byte,
+        seed=float(run.seed),
         run=run.name,
-        step=evaluation.step,
-        unigram_entropy=evaluation.unigram_entropy,
+        step=float(e.step),
+        unigram_entropy=e.unigram_entropy,
     )
 
 

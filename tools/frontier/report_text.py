@@ -13,8 +13,8 @@ from tools.frontier.run_folder import Run
 
 LEARNING_NOTE = (
     "Grey: training loss, averaged over neighbouring steps. Marks: held-out evaluations, solid "
-    "on the frontier's evaluation set, dashed on others. All charts share the loss axis. A finetuning run counts tokens from "
-    "its parent's."
+    "on the frontier's evaluation set, dashed on others. All charts share the loss axis. A "
+    "finetuning run counts tokens from its parent's."
 )
 APPROACH_NAMES = {
     "approach1": "1 · training-curve envelope",
