@@ -98,7 +98,7 @@ def pretrain_config(runs: Path, shards: Path, arch: str, size: str, scale: float
     each token may see is all that differs.
     """
     entp = arch == "entp"
-    steps = max(8, round((250 if entp else 240) * scale))
+    steps = max(8, round((240 if entp else 200) * scale))
     return {
         "run_dir": str(runs / f"{arch}-{size}"),
         "data": str(shards),
