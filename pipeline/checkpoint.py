@@ -23,9 +23,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from pipeline import zero_layout
+from pipeline.atomic import write_atomically
 from pipeline.distributed import World, all_agree, barrier, same_everywhere
 from pipeline.options import UserError
-from pipeline.run_folder import write_atomically
 
 FORMAT = 1
 COMPLETE = "COMPLETE.json"

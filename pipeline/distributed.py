@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from pipeline.network import free_port
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def start(*, timeout_seconds: int, threads: int) -> World:
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
     local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))
     import deepspeed
@@ -65,12 +66,6 @@ def start(*, timeout_seconds: int, threads: int) -> World:
         verbose=False,
     )
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _quieten() -> None:

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from pipeline.data.manifest import Shard, write_atomically
+from pipeline.atomic import write_atomically
+from pipeline.data.manifest import Shard
 from pipeline.data.shards import token_layout
 from pipeline.data.tokenizer import Tokenizer, load
 from tools.corpus import Document, Reject, read_documents

@@ -68,7 +68,8 @@ class Options:
 
 def run(options: Options) -> None:
     """Plan, run the tasks that have no record yet, finalise."""
-    from pipeline.data.manifest import FILE_NAME, read_manifest, write_atomically
+    from pipeline.atomic import write_atomically
+    from pipeline.data.manifest import FILE_NAME, read_manifest
     from pipeline.data.tokenizer import load
     from tools.corpus import find_inputs
     from tools.corpus_finaliser import describe, remove_intermediate

@@ -55,7 +55,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Sample, train, and put the model into place."""
-    from pipeline.data.manifest import write_atomically
+    from pipeline.atomic import write_atomically
     from tools.corpus import find_inputs
 
     files = find_inputs(options.input)

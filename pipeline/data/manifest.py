@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pipeline.atomic import write_atomically
 from pipeline.options import UserError
 
 FORMAT = 1
@@ -183,13 +183,3 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     """Write `manifest.json` into `folder`, atomically."""
     fields = {**dataclasses.asdict(manifest), "fingerprint": manifest.fingerprint}
     write_atomically(Path(folder) / FILE_NAME, json.dumps(fields, indent=1, sort_keys=True) + "\n")
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a whole file under a name of its own, then rename it into place."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(partial, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

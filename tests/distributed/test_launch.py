@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
+from pipeline.network import free_port
 from tests.distributed.entry import flags, losses, records
-from tests.distributed.harness import free_port
 from tools.demo.command import interrupt_tree
 
 pytestmark = pytest.mark.distributed

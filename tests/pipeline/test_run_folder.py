@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.atomic import write_atomically
 from pipeline.options import UserError
-from pipeline.run_folder import RunFolder, write_atomically
+from pipeline.run_folder import RunFolder
 
 
 def test_a_torn_last_line_is_cut_and_nothing_else(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -14,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.atomic import write_atomically
+from pipeline.network import free_port
 from pipeline.options import UserError, option
-from pipeline.run_folder import RunFolder, write_atomically
+from pipeline.run_folder import RunFolder
 from tools.demo.stages import Stage, stages
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -130,7 +131,7 @@ def _command(stage: Stage) -> list[str]:
     program = Path(sys.executable).parent / stage.argv[0]
     words = list(stage.argv[1:])
     if stage.argv[0] == "deepspeed":
-        words = ["--quiet", "--master_port", str(_free_port()), *words]
+        words = ["--quiet", "--master_port", str(free_port()), *words]
     return [sys.executable, str(program), *words]
 
 
@@ -140,12 +141,6 @@ def _environment() -> dict[str, str]:
         # Said once here instead of guessed, with a warning, by every process.
         environment["DS_ACCELERATOR"] = "cpu"
     return environment
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _read_times(root: Path) -> dict[str, float]:
