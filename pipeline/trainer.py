@@ -88,24 +88,25 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _run(self) -> bool:
-        for callback in self._callbacks:
-            callback.on_start(self)
+        self.notify("on_start")
         while self.step < self.config.steps:
             record = self._train_step()
             if record is None:
-                for callback in self._callbacks:
-                    callback.on_stop(self)
+                self.notify("on_stop")
                 return False
-            for callback in self._callbacks:
-                callback.on_step(self, record)
+            self.notify("on_step", record)
             self._check_skips(record)
-        for callback in self._callbacks:
-            callback.on_end(self)
+        self.notify("on_end")
         return True
 
     def state(self) -> dict[str, Any]:
         """What a resume needs beside tensors."""
         return {"step": self.step, "attempt": self.attempt, "totals": self.totals.as_record()}
+
+    def notify(self, moment: str, *details: Any) -> None:
+        """Call one method of every callback, in their order."""
+        for callback in self._callbacks:
+            getattr(callback, moment)(self, *details)
 
     def say(self, text: str) -> None:
         """Tell the user, once."""

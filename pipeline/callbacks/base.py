@@ -1,4 +1,4 @@
-"""The callback: four moments of a run, each a method that does nothing by default."""
+"""The callback: the moments of a run, each a method that does nothing by default."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pipeline.evaluation.perplexity import EvalResult
     from pipeline.trainer import Trainer
 
 
@@ -34,6 +35,9 @@ class Callback:
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         """After each optimizer step."""
+
+    def on_evaluation(self, trainer: Trainer, result: EvalResult, final: bool) -> None:
+        """After an evaluation set was scored; `final` for the finished model."""
 
     def on_end(self, trainer: Trainer) -> None:
         """After the last step of the run; not called when the run is stopped before."""

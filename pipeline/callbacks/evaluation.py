@@ -37,22 +37,7 @@ class Evaluation(Callback):
     def _evaluate(self, trainer: Trainer, *, final: bool) -> None:
         for evalset in self._sets:
             result = evaluate(trainer.engine.module, evalset, trainer.world)
-            if not trainer.world.is_main:
-                continue
-            trainer.folder.append(
-                "eval.jsonl",
-                {
-                    "step": trainer.step,
-                    "attempt": trainer.attempt,
-                    "eval_set": result.eval_set,
-                    "loss": result.loss,
-                    "eval_tokens": result.eval_tokens,
-                    "bits_per_byte": result.bits_per_byte,
-                    "unigram_entropy": result.unigram_entropy,
-                    **trainer.totals.as_record(),
-                    "final": final,
-                },
-            )
+            trainer.notify("on_evaluation", result, final)
             trainer.say(
                 f"step {trainer.step}: {result.eval_set} loss {result.loss:.4f} nats, "
                 f"{result.bits_per_byte:.4f} bits per byte "

@@ -1,18 +1,20 @@
-"""metrics.jsonl, ledger.jsonl and TensorBoard, all from the same step record."""
+"""metrics.jsonl, eval.jsonl, ledger.jsonl and TensorBoard, all from the same records."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pipeline.callbacks.base import Callback, StepRecord
 from pipeline.peak import dense_peak
 
 if TYPE_CHECKING:
+    from pipeline.evaluation.perplexity import EvalResult
     from pipeline.trainer import Trainer
 
 
 class Metrics(Callback):
-    """A line a step in metrics.jsonl, mirrored to TensorBoard."""
+    """A line a step in metrics.jsonl, a line an evaluation in eval.jsonl, both in TensorBoard."""
 
     def __init__(self) -> None:
         self._peak = 0.0
@@ -51,10 +53,28 @@ class Metrics(Callback):
         for key in ("loss", "grad_norm", "lr", "tokens_per_second", "mfu", "z_loss"):
             self._writer.add_scalar(f"train/{key}", line[key], record.step)
 
+    def on_evaluation(self, trainer: Trainer, result: EvalResult, final: bool) -> None:
+        """Write the evaluation's line."""
+        if not trainer.world.is_main:
+            return
+        trainer.folder.append(
+            "eval.jsonl",
+            {
+                "step": trainer.step,
+                "attempt": trainer.attempt,
+                **asdict(result),
+                **trainer.totals.as_record(),
+                "final": final,
+            },
+        )
+        for key in ("loss", "bits_per_byte"):
+            self._writer.add_scalar(f"{result.eval_set}/{key}", getattr(result, key), trainer.step)
+        self._writer.flush()
+
     def on_end(self, trainer: Trainer) -> None:
-        """Flush TensorBoard."""
+        """Bring TensorBoard to disk; the last evaluation may still come."""
         if self._writer is not None:
-            self._writer.close()
+            self._writer.flush()
 
     on_stop = on_end
 

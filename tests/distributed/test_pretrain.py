@@ -82,7 +82,11 @@ def test_a_run_folder_holds_what_it_promises(shards_dir: Path, tmp_path: Path) -
     run = tmp_path / "run"
     run_entry("pretrain", 2, flags(run, shards_dir, eval_every=2, checkpoint_every=2))
     assert (run / "FINISHED").exists()
-    assert any((run / "tensorboard").iterdir())
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("validation/loss")] == [2, 4, 6]
     metrics = records(run, "metrics.jsonl")
     assert [r["step"] for r in metrics] == [1, 2, 3, 4, 5, 6]
     assert metrics[-1]["processed_tokens"] == metrics[-1]["loss_tokens"] == 6 * 12 * 16
