@@ -1,0 +1,140 @@
+"""Random [8, 2048] int64 batches from shards: the training order against webdataset's pipeline.
+
+Both read the same tars, one epoch a run, in one process that has imported everything. Ours gives a
+permutation of the whole epoch and checks every 4 KiB it reads; webdataset shuffles blocks in a
+buffer, the order that a stream allows. Only the set of sequences can be, and is, compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.data.manifest import Manifest, Shard, TokenizerInfo, write_manifest
+from pipeline.data.shards import ShardWriter, token_layout
+from tests.benchmarks.measure import Benchmark, Contest, NotRun, Sample, UnequalWork, timed
+
+BATCH, SEQ_LEN = 8, 2048
+BLOCK_TOKENS, BLOCKS, SHARDS = 131_072, 1024, 4
+SHUFFLE_BUFFER = 10_000
+
+
+def make_shards(folder: Path) -> None:
+    """A shard folder of random ids, 134 million: more than a processor's caches hold."""
+    generator = np.random.default_rng(0)
+    layout = token_layout(BLOCK_TOKENS, "uint16")
+    shards = []
+    for number in range(SHARDS):
+        name = f"train/random/shard-{number:06d}-000.tar"
+        writer = ShardWriter(folder / name, layout, f"{number:06d}-000")
+        for _ in range(BLOCKS // SHARDS):
+            writer.add({"tokens.npy": generator.integers(0, 1 << 15, BLOCK_TOKENS, np.uint16)})
+        written = writer.close()
+        tokens = written.samples * BLOCK_TOKENS
+        counted = (written.samples, tokens, 0, 0, written.bytes, written.sha256)
+        shards.append(Shard(name, "train", "random", *counted))
+    tokenizer = TokenizerInfo("0" * 64, 1 << 15, {"pad": 0, "bos": 1, "eod": 2})
+    write_manifest(
+        folder, Manifest("tokens", "uint16", BLOCK_TOKENS, tokenizer, {}, tuple(shards), ())
+    )
+
+
+def training_order(folder: Path) -> Callable[[int], Iterator[np.ndarray]]:
+    """Epoch number → its batches, as pipeline.sources makes them: uint16 rows, then int64."""
+    from pipeline.data.loader import SequenceStore, TrainingOrder
+
+    order = TrainingOrder(SequenceStore(folder, "train", SEQ_LEN), seed=0)
+    batches = order.store.total // BATCH
+
+    def epoch(number: int) -> Iterator[np.ndarray]:
+        for step in range(number * batches, (number + 1) * batches):
+            yield order.batch(step * BATCH, BATCH).ids.astype(np.int64)
+
+    return epoch
+
+
+def webdataset_pipeline(folder: Path) -> Callable[[int], Iterator[np.ndarray]]:
+    """Epoch number → its batches: shuffled shards, blocks cut up, a shuffle buffer, stacking."""
+    import random
+
+    import webdataset
+
+    def sequences(blocks: Iterator[tuple[np.ndarray]]) -> Iterator[np.ndarray]:
+        for (block,) in blocks:
+            yield from block.reshape(-1, SEQ_LEN)
+
+    def epoch(number: int) -> Iterator[np.ndarray]:
+        shards = [str(path) for path in sorted(folder.glob("train/random/*.tar"))]
+        pipeline = webdataset.DataPipeline(
+            webdataset.SimpleShardList(shards),
+            webdataset.shuffle(len(shards), rng=random.Random(number)),
+            webdataset.tarfile_to_samples(),
+            webdataset.decode(only=["tokens.npy"]),
+            webdataset.to_tuple("tokens.npy"),
+            sequences,
+            webdataset.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=random.Random(number)),
+        )
+        rows = []
+        for row in pipeline:
+            rows.append(row)
+            if len(rows) == BATCH:
+                yield np.stack(rows).astype(np.int64)
+                rows = []
+
+    return epoch
+
+
+def contest(folder: Path) -> Contest:
+    """See `BENCHMARKS`."""
+    if find_spec("webdataset") is None:
+        raise NotRun("webdataset is not installed; run make install")
+    make_shards(folder)
+
+    def side(epoch: Callable[[int], Iterator[np.ndarray]]) -> Callable[[], Sample]:
+        numbers = iter(range(1 << 30))
+        # Once, outside the timing: which sequences an epoch holds.
+        digest = epoch_digest(epoch(0))
+
+        def run() -> Sample:
+            number = next(numbers)
+            sample = timed(lambda: sum(len(batch) for batch in epoch(number)))
+            return Sample(sample.cpu_seconds, (digest, sample.result))
+
+        return run
+
+    return Contest(
+        ours=side(training_order(folder)),
+        theirs=side(webdataset_pipeline(folder)),
+        check=same_sequences,
+        work=BLOCKS * BLOCK_TOKENS / 1e6,
+        unit="Mtok",
+    )
+
+
+def epoch_digest(batches: Iterator[np.ndarray]) -> str:
+    """One digest of the multiset of rows, whatever their order."""
+    rows = sorted(hashlib.sha256(row.tobytes()).digest() for batch in batches for row in batch)
+    return hashlib.sha256(b"".join(rows)).hexdigest()
+
+
+def same_sequences(ours: tuple[str, int], theirs: tuple[str, int]) -> None:
+    """Both epochs hold the same sequences, and as many."""
+    expected = BLOCKS * BLOCK_TOKENS // SEQ_LEN
+    if ours != theirs or ours[1] != expected:
+        raise UnequalWork(f"sequences differ: {ours} against {theirs}, {expected} expected")
+
+
+BENCHMARKS = (
+    Benchmark(
+        name="feeding",
+        ours="TrainingOrder: epoch-wide permutation, every read verified",
+        theirs="webdataset: blocks through a 10,000-sequence shuffle buffer, nothing verified",
+        process="one process",
+        prepare=contest,
+        note="page cache warm; their order is local, ours is uniform over the epoch",
+    ),
+)
