@@ -401,3 +401,10 @@ def test_fit_json_says_what_is_extrapolated_and_by_which_conventions():
     assert fit["conventions"]["N"].startswith("unknown")
     assert fit["bootstrap"]["over"] == "runs"
     assert "refused" in fit["architectures"]["d"]["approach1"]
+
+
+def test_a_budget_or_a_size_beyond_the_observed_is_extrapolated():
+    observed = fits._predictions(lambda flops: (1e8, 1e10), grid(), None)
+    assert [row["extrapolated"] for row in observed] == [False, True, True]
+    beyond = fits._predictions(lambda flops: (1e11, 1e10), grid(), None)
+    assert [row["extrapolated"] for row in beyond] == [True, True, True]
