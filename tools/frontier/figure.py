@@ -27,7 +27,8 @@ def draw(points: Sequence[Point], fit: Mapping[str, Any], path: Path) -> None:
         axes = figure.add_subplot()
         axes.set_xscale("log")
         axes.set_yscale("log")
-        handles, labels = [], []
+        handles: list[Any] = []
+        labels: list[str] = []
         looks = styles(p.arch for p in points)
         groups = by_arch(points)
         for arch, look in looks.items():
@@ -50,10 +51,10 @@ def draw(points: Sequence[Point], fit: Mapping[str, Any], path: Path) -> None:
             labels.append(arch)
             _line(axes, envelope(group), color=look.light, lw=1.4, zorder=2)
             for flops, loss, beyond in _surfaces(fit, arch):
-                drawn = axes.plot(
+                line = axes.plot(
                     flops, loss, color=look.light, lw=1.6, ls=":" if beyond else "--", zorder=4
                 )[0]
-                handles.append(drawn)
+                handles.append(line)
                 labels.append(f"{arch}: fit" + (", extrapolated" if beyond else ""))
         handles.append(_line(axes, envelope(points), color="#888888", lw=7, alpha=0.35, zorder=1))
         labels.append("observed envelope")

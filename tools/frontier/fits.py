@@ -150,7 +150,7 @@ def _approach1(curves: Sequence[Curve], bootstrap: Bootstrap) -> dict[str, Any]:
         "sizes": num_sizes(curves),
         "fitted_flops": [float(found.flops.min()), float(found.flops.max())],
         "predictions": _predictions(
-            lambda flops: approach1.allocation(constants, flops), curves, None
+            lambda flops: approach1.allocation(constants, flops), curves, float(found.flops.max())
         ),
     }
 
@@ -184,7 +184,7 @@ def _approach2(curves: Sequence[Curve], bootstrap: Bootstrap) -> dict[str, Any]:
         "caveat": "k_N and k_D are biased when alpha != beta or sizes are wide or off-centre, even "
         "without noise (arXiv 2603.22339); a and b are not",
         "predictions": _predictions(
-            lambda flops: approach1.allocation(constants, flops), curves, None
+            lambda flops: approach1.allocation(constants, flops), curves, found[-1].flops
         ),
     }
 
@@ -200,6 +200,7 @@ def _approach3(curves: Sequence[Curve], bootstrap: Bootstrap) -> dict[str, Any]:
         constants = approach3.fit(*approach3.finals(curves), np.ones(len(curves)))
     params, tokens, loss = approach3.finals(curves)
     least, typical, greatest = approach3.flops_factor(curves)
+    budgets = [float(curve.flops[-1]) for curve in curves]
     residual = np.log(loss) - np.log(approach3.predict(constants, params, tokens))
 
     def allocate(flops: float) -> tuple[float, float]:
@@ -214,16 +215,13 @@ def _approach3(curves: Sequence[Curve], bootstrap: Bootstrap) -> dict[str, Any]:
         ),
         "runs": len(curves),
         "sizes": num_sizes(curves),
-        "fitted_flops": [
-            float(min(c.flops[-1] for c in curves)),
-            float(max(c.flops[-1] for c in curves)),
-        ],
+        "fitted_flops": [min(budgets), max(budgets)],
         "outliers": names if excluded else [],
         "median_absolute_log_residual": float(np.median(np.abs(residual))),
         "flops_over_params_tokens": {"min": least, "typical": typical, "max": greatest},
         "caveat": "the allocation takes C = k*N*D with the typical k"
         + ("" if greatest < 1.25 * least else "; here k varies, so it is approximate"),
-        "predictions": _predictions(allocate, curves, constants),
+        "predictions": _predictions(allocate, curves, max(budgets), constants),
     }
 
 
@@ -248,9 +246,15 @@ def _intervals(
 
 
 def _predictions(
-    allocate: Allocate, curves: Sequence[Curve], surface: Mapping[str, float] | None
+    allocate: Allocate,
+    curves: Sequence[Curve],
+    fitted: float,
+    surface: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
-    """The optimum at the greatest observed budget and beyond; what is not observed says so."""
+    """The optimum at the greatest observed budget and beyond.
+
+    It is marked as extrapolated above the greatest `fitted` budget, and beyond the sizes observed.
+    """
     greatest = max(float(c.flops[-1]) for c in curves)
     smallest_size = min(c.params for c in curves)
     largest_size = max(c.params for c in curves)
@@ -260,6 +264,7 @@ def _predictions(
         row: dict[str, Any] = {"flops": greatest * factor, "params": params, "tokens": tokens}
         if surface is not None:
             row["loss"] = float(approach3.predict(surface, np.array(params), np.array(tokens)))
-        row["extrapolated"] = factor > 1 or not smallest_size <= params <= largest_size
+        inside = greatest * factor <= fitted * 1.01 and smallest_size <= params <= largest_size
+        row["extrapolated"] = not inside
         rows.append(row)
     return rows

@@ -61,11 +61,12 @@ def fits(fit: Mapping[str, Any]) -> str:
         parts.append(
             table(
                 f"N_opt ∝ C^a and D_opt ∝ C^b, from {found['runs']} runs of {found['sizes']} sizes",
-                ("Approach", "a", "b", "Constants", "Runs", "Fitted FLOPs", "Notes"),
+                ("Approach", "a", "b", "Constants", "Runs", "Fitted FLOPs"),
                 [_approach(name, found[name]) for name in APPROACH_NAMES],
                 texts=1,
             )
         )
+        parts += [_notes(name, found[name]) for name in APPROACH_NAMES]
         parts.append(_predictions(found))
     return "\n".join(parts)
 
@@ -82,10 +83,9 @@ def _approach(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
         low, high = intervals[key]
         return f'{number:.4g} <span class="interval">[{low:.4g}, {high:.4g}]</span>'
 
-    constants = "<br>".join(f"{key} = {value(key, n)}" for key, n in found["constants"].items())
-    notes = [found.get("caveat", ""), found.get("intervals_refused", "")]
-    if found.get("outliers"):
-        notes.append("left out as far from the surface: " + ", ".join(found["outliers"]))
+    constants = "".join(
+        f"<div>{key} = {value(key, n)}</div>" for key, n in found["constants"].items()
+    )
     low, high = found["fitted_flops"]
     return (
         title,
@@ -94,8 +94,18 @@ def _approach(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
         constants,
         str(found["runs"]),
         f"{escape(power(low))} – {escape(power(high))}",
-        isolated("; ".join(note for note in notes if note) or "—"),
     )
+
+
+def _notes(name: str, found: Mapping[str, Any]) -> str:
+    """What to know before trusting a fit: its caveat, withheld intervals, runs left out."""
+    notes = [found.get("caveat"), found.get("intervals_refused")]
+    if found.get("outliers"):
+        notes.append("left out as far from the surface: " + ", ".join(found["outliers"]))
+    said = "; ".join(note for note in notes if note)
+    if not said:
+        return ""
+    return f'<p class="note">Approach {escape(APPROACH_NAMES[name])}: {isolated(said)}.</p>'
 
 
 def _predictions(found: Mapping[str, Any]) -> str:
@@ -125,7 +135,7 @@ def conventions(fit: Mapping[str, Any]) -> str:
         "Parameters (N)": f"In the fits: {named['N']}.",
         "Tokens (D)": f"{named['D']}. An encoder-decoder processes its source too but has a loss "
         "only on its targets.",
-        "Training FLOPs (C)": f"{named['C']}. One multiply-add is two FLOPs.",
+        "Training FLOPs (C)": f"By the convention {named['C']}. One multiply-add is two FLOPs.",
         "Held-out loss": f"{named['loss']}. Losses compare only over the same target tokens.",
         "Bits per byte": "The loss in bits, over the UTF-8 bytes of the text it was measured on.",
         "Unigram entropy": "The loss of a model that knows only how often each of exactly those "

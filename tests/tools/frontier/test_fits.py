@@ -403,8 +403,14 @@ def test_fit_json_says_what_is_extrapolated_and_by_which_conventions():
     assert "refused" in fit["architectures"]["d"]["approach1"]
 
 
-def test_a_budget_or_a_size_beyond_the_observed_is_extrapolated():
-    observed = fits._predictions(lambda flops: (1e8, 1e10), grid(), None)
-    assert [row["extrapolated"] for row in observed] == [False, True, True]
-    beyond = fits._predictions(lambda flops: (1e11, 1e10), grid(), None)
-    assert [row["extrapolated"] for row in beyond] == [True, True, True]
+def test_a_budget_or_a_size_beyond_the_fitted_is_extrapolated():
+    curves = grid()
+    greatest = max(c.flops[-1] for c in curves)
+
+    def marks(params, fitted):
+        rows = fits._predictions(lambda flops: (params, 1e10), curves, fitted)
+        return [row["extrapolated"] for row in rows]
+
+    assert marks(1e8, greatest) == [False, True, True]
+    assert marks(1e8, greatest / 2) == [True, True, True]
+    assert marks(1e11, greatest) == [True, True, True]
