@@ -1,13 +1,12 @@
-"""Every benchmark by name, and the peers that cannot be had here."""
+"""Every benchmark by name, and the peers that nothing here runs."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from tests.benchmarks import (
     entp_steps,
     feeding,
     heads,
+    megatron,
     model_steps,
     tokenising,
     trainer_step,
@@ -16,7 +15,18 @@ from tests.benchmarks.measure import Benchmark
 
 ALL: dict[str, Benchmark] = {
     benchmark.name: benchmark
-    for module in (tokenising, feeding, model_steps, heads, entp_steps, trainer_step)
+    for module in (tokenising, megatron, feeding, model_steps, heads, entp_steps, trainer_step)
     for benchmark in module.BENCHMARKS
 }
-ABSENT_PEERS: dict[str, Callable[[], str]] = {}
+
+# Name to what a comparison would take; `--peers` says so instead of leaving them out.
+ABSENT_PEERS: dict[str, str] = {
+    "entp-authors": "no comparison with it is written; it takes a checkout of the authors' code (ENTP_DIR) and its model "
+    "class; entp-loop-* compares with the same algorithm in torch's own operations",
+    "feeding-megatron": "no comparison with it is written; it takes MEGATRON_DIR, its compiled index builder, and tokens "
+    "in its .bin/.idx format",
+    "feeding-litdata": "no comparison with it is written; it takes an environment with litdata and tokens in its chunks",
+    "feeding-mosaicml-streaming": "no comparison with it is written; it takes an environment with mosaicml-streaming and "
+    "tokens in its MDS format",
+    "tokenise-litdata": "no comparison with it is written; it takes an environment with litdata",
+}

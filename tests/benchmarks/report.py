@@ -78,19 +78,20 @@ def _processor() -> str:
 def table(records: Sequence[dict[str, Any]]) -> str:
     """One line a benchmark; costs in CPU-seconds, ratio theirs / ours with its interval."""
     head = ["benchmark", "ours", "theirs", "ratio", "interval", "per CPU-second", "peak MiB"]
-    rows = [head, *(_row(record) for record in records)]
+    rows = [head, *(_row(record) for record in records if "ratio" in record)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join(
+    lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
-    )
+    ]
+    for record in records:
+        for outcome in ("not_run", "failed"):
+            if outcome in record:
+                lines.append(f"{record['name']}: {outcome.replace('_', ' ')}: {record[outcome]}")
+    return "\n".join(lines)
 
 
 def _row(record: dict[str, Any]) -> list[str]:
-    for outcome in ("not_run", "failed"):
-        if outcome in record:
-            told = f"{outcome.replace('_', ' ')}: {record[outcome]}"
-            return [record["name"], told, "", "", "", "", ""]
     cost, rates, peaks = (record.get(k) for k in ("cpu_seconds", "per_cpu_second", "peak_mib"))
     interval = record["interval"]
     return [
