@@ -73,7 +73,7 @@ def run(options: Options) -> int:
     print(table(records))
     if options.peers:
         for name, needed in ABSENT_PEERS.items():
-            print(f"{name}: not run: {needed}")
+            print(f"{name}: not run: no comparison is written; it would take {needed}")
     return int(any("failed" in record for record in records))
 
 

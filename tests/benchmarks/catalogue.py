@@ -19,14 +19,14 @@ ALL: dict[str, Benchmark] = {
     for benchmark in module.BENCHMARKS
 }
 
-# Name to what a comparison would take; `--peers` says so instead of leaving them out.
+# Peers with no benchmark: name to what one would take. `--peers` lists them as not run.
 ABSENT_PEERS: dict[str, str] = {
-    "entp-authors": "no comparison with it is written; it takes a checkout of the authors' code (ENTP_DIR) and its model "
+    "entp-authors": "a checkout of the authors' code (ENTP_DIR) and its model "
     "class; entp-loop-* compares with the same algorithm in torch's own operations",
-    "feeding-megatron": "no comparison with it is written; it takes MEGATRON_DIR, its compiled index builder, and tokens "
+    "feeding-megatron": "MEGATRON_DIR, its compiled index builder, and tokens "
     "in its .bin/.idx format",
-    "feeding-litdata": "no comparison with it is written; it takes an environment with litdata and tokens in its chunks",
-    "feeding-mosaicml-streaming": "no comparison with it is written; it takes an environment with mosaicml-streaming and "
+    "feeding-litdata": "an environment with litdata and tokens in its chunks",
+    "feeding-mosaicml-streaming": "an environment with mosaicml-streaming and "
     "tokens in its MDS format",
-    "tokenise-litdata": "no comparison with it is written; it takes an environment with litdata",
+    "tokenise-litdata": "an environment with litdata",
 }
