@@ -11,13 +11,12 @@ import difflib
 import os
 import platform
 import sys
-import time
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from models.config import ModelConfig, named
 from pipeline.config import (
@@ -28,7 +27,7 @@ from pipeline.config import (
     program_help,
     read_deepspeed_file,
 )
-from pipeline.data.manifest import Manifest, read_manifest
+from pipeline.data.manifest import Manifest, check_folder, read_manifest
 from pipeline.options import UserError, convert
 from pipeline.run_folder import RunFolder
 
@@ -49,6 +48,7 @@ CHANGEABLE = frozenset(
         "collective_timeout",
     }
 )
+C = TypeVar("C")
 RECORDED_VERSIONS = ("isoflop", "torch", "deepspeed", "sentencepiece", "numpy")
 
 
@@ -79,18 +79,10 @@ def run_stage(stage: Stage) -> None:
     if any(word in ("--help", "-h") for word in argv):
         print(program_help(stage.program, stage.purpose))
         return
+    plan = check_run(stage, argv)
     main_rank = os.environ.get("RANK", "0") == "0"
-    try:
-        plan = check_run(stage, argv)
-        if main_rank and not plan.folder.is_finished:
-            plan.folder.lock()
-    except UserError:
-        if main_rank:
-            raise
-        # Every rank finds the same mistakes and one tells. Were this rank to end first, the
-        # launcher could end rank 0 before it has spoken.
-        time.sleep(10)
-        sys.exit(2)
+    if main_rank and not plan.folder.is_finished:
+        plan.folder.lock()
     if plan.folder.is_finished:
         if main_rank:
             print(f"{plan.config.name}: finished before; nothing to do", flush=True)
@@ -110,36 +102,52 @@ class Plan:
 
 
 def check_run(stage: Stage, argv: Sequence[str]) -> Plan:
-    """Read and check all that a run is told. Raises UserError."""
+    """Read and check all that a run is told. Raises UserError with every mistake at once."""
     config = load_with_file(RunConfig, argv, stage.program)
-    config = dataclasses.replace(
-        config,
-        name=config.name or Path(config.run_dir).name,
-        model=convert_overrides({**inherited_overrides(config), **config.model}),
-    )
-    ds_settings = read_deepspeed_file(config.ds_config)
-    manifest = read_manifest(config.data)
-    model_config = resolve_model(config, manifest.tokenizer.vocab_size)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    problems = [*stage.check(config), *batch_problems(config, world_size)]
-    if problems:
-        raise UserError("; ".join(problems))
+    config = dataclasses.replace(config, name=config.name or Path(config.run_dir).name)
+    problems: list[str] = []
+
+    def attempt(step: Callable[[], C]) -> C | None:
+        try:
+            return step()
+        except UserError as error:
+            problems.append(str(error))
+            return None
+
     folder = RunFolder(config.run_dir)
-    document = describe(stage, config, model_config, manifest, world_size)
+    overrides = attempt(lambda: convert_overrides({**inherited_overrides(config), **config.model}))
+    config = dataclasses.replace(config, model=overrides or {})
+    ds_settings = attempt(lambda: read_deepspeed_file(config.ds_config))
+    manifest = attempt(lambda: check_folder(config.data))
+    if manifest is not None:
+        problems += stage.check(config)
+    problems += batch_problems(config, int(os.environ.get("WORLD_SIZE", "1")))
+    model = attempt(lambda: resolve_model(config, manifest.tokenizer.vocab_size if manifest else 2))
+    if problems or manifest is None or model is None or ds_settings is None:
+        raise UserError("; ".join(problems))
+    document = describe(stage, config, model, manifest)
     refuse_other_run(folder, document)
-    return Plan(config, model_config, ds_settings, folder, document)
+    return Plan(config, model, ds_settings, folder, document)
 
 
 def inherited_overrides(config: RunConfig) -> dict[str, Any]:
-    """What the parent of a finetuning run changed of its named shape."""
+    """What a finetuning run's parent changed of its named shape; the run's own, once it has begun.
+
+    The parent may be gone by the time a finetuning goes on.
+    """
     if config.init_from is None:
         return {}
-    return dict(RunFolder(config.init_from).read_config()["run"]["model"])
+    own = RunFolder(config.run_dir)
+    source = own if own.config_file.exists() else RunFolder(config.init_from)
+    return dict(source.read_config()["run"]["model"])
 
 
 def convert_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """The model's overrides with the types of ModelConfig's fields. Raises UserError."""
     hints = typing.get_type_hints(ModelConfig)
+    for key in ("arch", "vocab_size"):
+        # The run names its architecture, and the data their vocabulary.
+        del hints[key]
     converted = {}
     for key, value in overrides.items():
         if key not in hints:
@@ -168,7 +176,7 @@ def resolve_model(config: RunConfig, vocab_size: int) -> ModelConfig:
 
 
 def describe(
-    stage: Stage, config: RunConfig, model: ModelConfig, manifest: Manifest, world_size: int
+    stage: Stage, config: RunConfig, model: ModelConfig, manifest: Manifest
 ) -> dict[str, Any]:
     """config.json: the resolved run with the versions and fingerprints it depends on."""
     from models.flops import parameters
@@ -188,7 +196,7 @@ def describe(
             "python": platform.python_version(),
             **{name: version(name) for name in RECORDED_VERSIONS},
         },
-        "world_size": world_size,
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
     }
     if config.flan is not None:
         document["flan"] = {
@@ -258,8 +266,11 @@ def _train(stage: Stage, plan: Plan) -> None:
     tokenizer = load_tokenizer(Path(config.data) / "tokenizer.model")
     source, evalsets = stage.prepare(config, plan.model, tokenizer, world)
     engine = make_engine(config, plan.model.vocab_size, plan.ds_settings, world)
+    if world.is_main:
+        folder.cut_torn_lines()
     found = checkpoint.newest_good(folder.checkpoints, world)
-    attempt = distributed.same_everywhere(folder.last_attempt() if world.is_main else 0) + 1
+    before = distributed.same_everywhere(folder.last_attempt() if world.is_main else None)
+    evaluated = distributed.same_everywhere(folder.evaluated_steps() if world.is_main else None)
     state: dict[str, Any] = {"step": 0, "totals": {}}
     if found is not None:
         state = checkpoint.load(engine, found, world)
@@ -271,11 +282,12 @@ def _train(stage: Stage, plan: Plan) -> None:
         inherited = checkpoint.load(engine, weights, world, weights_only=True)
         state = {"step": 0, "totals": inherited["totals"]}
     if world.is_main:
-        if found is None:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            folder.write_config(plan.document)
-        folder.cut_torn_lines()
-        start = f"goes on from step {state['step']}" if found is not None else "starts"
+        folder.write_config(plan.document)
+        start = "starts"
+        if found is not None:
+            start = f"goes on from step {state['step']}"
+        elif before:
+            start = "was stopped before its first checkpoint and starts over"
         print(
             f"{config.name}: {start}; {config.arch} {config.size}, "
             f"{plan.document['parameters']['total']:,} parameters, {config.steps} steps, "
@@ -294,11 +306,11 @@ def _train(stage: Stage, plan: Plan) -> None:
             Ledger(),
             Progress(),
             Saving(),
-            Evaluation(evalsets, at_start=stage.scores_start),
+            Evaluation(evalsets, evaluated, at_start=stage.scores_start),
         ],
         step=state["step"],
         totals=Totals(**state["totals"]),
-        attempt=attempt,
+        attempt=before + 1,
     )
     finished = trainer.run()
     if world.is_main:

@@ -39,23 +39,37 @@ def save(engine: Any, folder: Path, world: World, state: Mapping[str, Any], keep
     target = folder / f"step_{state['step']}"
     temporary = folder / f".step_{state['step']}.partial"
     if world.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
+        # What a killed save left behind, of this step or another.
+        for leftover in folder.glob(".step_*"):
+            shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
     barrier()
     tensors, scalars = _sharded_state(engine, world)
-    dcp.save(tensors, checkpoint_id=str(temporary))
+    try:
+        dcp.save(tensors, checkpoint_id=str(temporary))
+        error = ""
+    except (dcp.CheckpointException, OSError, RuntimeError) as caught:
+        error = str(caught).splitlines()[-1]
+    if not all_agree(not error):
+        raise UserError(
+            f"checkpoint={str(target)!r}: could not be written ({error or 'on another rank'}); "
+            "make room there, and the same command goes on from the checkpoint before"
+        )
     if world.is_main:
         document = {"format": FORMAT, **state, "optimizer": scalars}
         write_atomically(temporary / "state.json", json.dumps(document, indent=2) + "\n")
     barrier()
     hashes: list[Any] = [None] * world.size
-    dist.all_gather_object(hashes, _hash_files(_share(temporary, world)))
+    written = sorted(file.name for file in temporary.iterdir()) if world.is_main else None
+    dist.all_gather_object(hashes, _hash_files(_share(temporary, world, same_everywhere(written))))
     if world.is_main:
         merged = {name: digest for part in hashes for name, digest in part.items()}
         document = {"format": FORMAT, "step": state["step"], "sha256": merged}
         write_atomically(temporary / COMPLETE, json.dumps(document, indent=2) + "\n")
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            target.rename(folder / f".step_{state['step']}.replaced")
         temporary.rename(target)
+        shutil.rmtree(folder / f".step_{state['step']}.replaced", ignore_errors=True)
         for old in list_steps(folder)[keep:]:
             shutil.rmtree(folder / f"step_{old}")
     barrier()
@@ -79,11 +93,15 @@ def newest_good(folder: Path, world: World) -> Path | None:
     silence.
     """
     steps = same_everywhere(list_steps(folder) if world.is_main else None)
+    refused: list[Path] = []
     for step in steps:
         path = folder / f"step_{step}"
         fault = _fault(path, world)
         if fault is None:
+            if world.is_main:
+                _set_aside(refused)
             return path
+        refused.append(path)
         if world.is_main:
             print(f"checkpoint {path} is refused: {fault}", flush=True)
     if steps:
@@ -94,12 +112,20 @@ def newest_good(folder: Path, world: World) -> Path | None:
     return None
 
 
+def _set_aside(refused: list[Path]) -> None:
+    """Rename damaged checkpoints, so that they do not count among those to keep."""
+    for path in refused:
+        aside = path.with_name(f"damaged_{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+
+
 def _fault(path: Path, world: World) -> str | None:
     """What is wrong with the checkpoint; each rank hashes its share and all agree."""
     fault = None
     try:
         expected = json.loads((path / COMPLETE).read_text(encoding="utf-8"))["sha256"]
-        for file in _share(path, world, names=sorted(expected)):
+        for file in _share(path, world, sorted(expected)):
             if not file.exists():
                 fault = f"{file.name} is missing"
             elif _sha256(file) != expected[file.name]:
@@ -173,16 +199,15 @@ def _make_optimizer_state(engine: Any, saved: Mapping[str, Any]) -> None:
     states = engine.optimizer.optimizer.state
     for flat in zero_layout.flat_tensors(engine):
         state: dict[str, Any] = {
-            key: torch.tensor(value, dtype=torch.float32) for key, value in saved["scalars"].items()
+            key: torch.tensor(value, dtype=torch.float32, device=flat.device)
+            for key, value in saved["scalars"].items()
         }
         for key in saved["tensors"]:
             state[key] = torch.zeros_like(flat.detach())
         states[flat] = state
 
 
-def _share(path: Path, world: World, names: list[str] | None = None) -> list[Path]:
-    if names is None:
-        names = sorted(file.name for file in path.iterdir())
+def _share(path: Path, world: World, names: list[str]) -> list[Path]:
     return [path / name for name in names[world.rank :: world.size]]
 
 

@@ -16,16 +16,19 @@ from models.config import named
 from pipeline.options import UserError, help_text, load, option, split_flags
 
 # What a DeepSpeed file may hold; the rest is RunConfig's.
-DEEPSPEED_KEYS = frozenset(
+DEEPSPEED_KEYS = frozenset({"zero_optimization", "communication_data_type", "comms_logger"})
+# What of ZeRO is supported: stage 3 with the layout that checkpoints rely on, and no offload yet.
+ZERO_KEYS = frozenset(
     {
-        "zero_optimization",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-        "communication_data_type",
-        "prescale_gradients",
-        "gradient_predivide_factor",
-        "comms_logger",
-        "aio",
+        "stage",
+        "overlap_comm",
+        "contiguous_gradients",
+        "reduce_bucket_size",
+        "sub_group_size",
+        "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold",
+        "stage3_max_live_parameters",
+        "stage3_max_reuse_distance",
     }
 )
 
@@ -55,7 +58,9 @@ class RunConfig:
         "auto",
     )
     micro_batch: int | None = option(
-        "sequences a rank holds at once (default: its whole share of the global batch)", None
+        "sequences a rank holds at once (default: its whole share of the global batch)",
+        None,
+        minimum=1,
     )
 
     optimizer: Literal["adamw"] = option("optimizer", "adamw")
@@ -76,7 +81,7 @@ class RunConfig:
     ds_config: str = option("DeepSpeed file: ZeRO, offload, communication", metavar="FILE")
 
     seed: int = option("initial weights, sample order and dropout", 0, minimum=0)
-    shuffle_window: str = option(
+    shuffle_window: str | int = option(
         "'all' (uniform over the epoch) or the number of shards mixed at a time", "all"
     )
     weights: dict[str, float] = option(
@@ -126,9 +131,8 @@ class RunConfig:
             yield "objective='causal': redllm needs a prefix for its encoder; give prefix or auto"
         if self.arch in ("entp", "ared") and self.objective == "prefix":
             yield f"objective='prefix': {self.arch} reads causally; give causal or auto"
-        if self.shuffle_window != "all" and not (
-            self.shuffle_window.isdigit() and int(self.shuffle_window) > 0
-        ):
+        window = str(self.shuffle_window)
+        if window != "all" and not (window.isdecimal() and int(window) > 0):
             yield (
                 f"shuffle_window={self.shuffle_window!r}: not a window; give all or a positive "
                 "number of shards"
@@ -167,7 +171,7 @@ def batch_problems(config: RunConfig, world_size: int) -> Iterable[str]:
 
 def micro_batch_size(config: RunConfig, world_size: int) -> int:
     """Sequences a rank holds at once."""
-    return config.micro_batch or config.global_batch // world_size
+    return config.micro_batch or max(1, config.global_batch // world_size)
 
 
 C = TypeVar("C")
@@ -231,18 +235,27 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise UserError(f"ds_config={path!r}: not JSON ({error}); mend the file") from error
+    zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
+    if not isinstance(zero, dict):
+        raise UserError(f"ds_config={path!r}: has no zero_optimization section; add one")
     foreign = sorted(set(settings) - DEEPSPEED_KEYS)
     if foreign:
         raise UserError(
             f"ds_config={path!r}: holds {', '.join(foreign)}, which the run's own configuration "
             "decides; remove it there"
         )
-    stage = settings.get("zero_optimization", {}).get("stage")
-    if stage != 3:
+    unknown = sorted(set(zero) - ZERO_KEYS)
+    if unknown:
+        raise UserError(
+            f"ds_config={path!r}: zero_optimization.{unknown[0]} is not supported; give only "
+            f"{', '.join(sorted(ZERO_KEYS))}"
+        )
+    if zero.get("stage") != 3:
+        stage = zero.get("stage")
         raise UserError(f"ds_config={path!r}: zero_optimization.stage={stage!r}; give 3")
-    if settings["zero_optimization"].get("overlap_comm"):
+    if zero.get("overlap_comm"):
         raise UserError(
             f"ds_config={path!r}: overlap_comm=true does not go with a loss that comes in chunks; "
             "set it to false"
         )
-    return dict(settings)
+    return settings

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
-from typing import Any
 
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     # A script's own folder comes first on the path, where `evaluate` would hide a package's.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from pipeline import finetune, pretrain
+from pipeline.assemble import Stage, resolve_model
 from pipeline.config import RunConfig, load_with_file, read_deepspeed_file
-from pipeline.data.manifest import read_manifest
+from pipeline.data.manifest import check_folder
 from pipeline.options import UserError, help_text, load, option, run_as_program
 from pipeline.run_folder import RunFolder
 
 PROGRAM = "pipeline/evaluate.py"
+STAGES = {"pretrain": pretrain.STAGE, "finetune": finetune.STAGE}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,61 +29,68 @@ class EvaluateConfig:
 
     run: str = option("run folder", metavar="DIR")
     data: str | None = option("shard folder to score (default: the run's own)", None, metavar="DIR")
-    eval_set: str | None = option("name of the set (default: validation or the folder's)", None)
-    eval_sequences: int = option("held-out sequences", 512, minimum=1)
+    eval_sequences: int | None = option("held-out sequences (default: the run's)", None, minimum=1)
     eval_micro_batch: int = option("sequences a rank holds at once", 32, minimum=1)
     ds_config: str | None = option("DeepSpeed file (default: the run's own)", None, metavar="FILE")
     threads: int = option("CPU threads of a rank (0: its share of the cores)", 0, minimum=0)
 
 
-def resolve(asked: EvaluateConfig) -> tuple[RunFolder, RunConfig, str]:
-    """The run, its configuration with what was asked for, and the set's name. Raises UserError."""
+def resolve(asked: EvaluateConfig) -> tuple[RunFolder, Stage, RunConfig, str]:
+    """The run, its stage, its configuration with what was asked for, and a suffix for its sets.
+
+    The suffix keeps another choice of held-out tokens apart from the run's own. Raises UserError.
+    """
     folder = RunFolder(asked.run)
     stored = folder.read_config()
-    changes: dict[str, Any] = {
-        key: getattr(asked, key)
-        for key in ("data", "ds_config", "eval_sequences", "eval_micro_batch", "threads")
-        if getattr(asked, key) is not None
-    }
+    keys = ("data", "ds_config", "eval_sequences", "eval_micro_batch", "threads")
+    changes = {key: value for key in keys if (value := getattr(asked, key)) is not None}
     config = load(RunConfig, {**stored["run"], **changes}, source=str(folder.config_file))
-    if read_manifest(config.data).tokenizer.sha256 != stored["data"]["tokenizer_sha256"]:
+    if check_folder(config.data).tokenizer.sha256 != stored["data"]["tokenizer_sha256"]:
         raise UserError(
             f"data={config.data!r}: was made with another tokenizer than the run's; make it again "
             "with the tokenizer.model of the run's data"
         )
-    own = asked.data is None or Path(asked.data) == Path(stored["run"]["data"])
-    return folder, config, asked.eval_set or ("validation" if own else Path(config.data).name)
+    suffix = ""
+    if config.data != stored["run"]["data"]:
+        suffix += f"@{Path(config.data).name}"
+    if config.eval_sequences != stored["run"]["eval_sequences"]:
+        suffix += f"-{config.eval_sequences}"
+    return folder, STAGES[stored["stage"]], config, suffix
 
 
 def main() -> None:
-    """Score, print one JSON line, and add it to eval.jsonl."""
+    """Score, print one JSON line a set, and add them to eval.jsonl."""
     if any(word in ("--help", "-h") for word in sys.argv[1:]):
         print(help_text(EvaluateConfig, f"deepspeed {PROGRAM}"))
         return
-    folder, config, name = resolve(load_with_file(EvaluateConfig, sys.argv[1:], PROGRAM))
+    folder, stage, config, suffix = resolve(load_with_file(EvaluateConfig, sys.argv[1:], PROGRAM))
     ds_settings = read_deepspeed_file(config.ds_config)
+    if os.environ.get("RANK", "0") == "0":
+        # Its records are written by one process at a time.
+        folder.lock()
     from pipeline import checkpoint, distributed
     from pipeline.assemble import make_engine
-    from pipeline.data.loader import SequenceStore
     from pipeline.data.tokenizer import load as load_tokenizer
-    from pipeline.evaluation.perplexity import block_set, evaluate
+    from pipeline.evaluation.perplexity import evaluate
 
-    store = SequenceStore(config.data, "validation", config.seq_len)
-    tokenizer = load_tokenizer(Path(config.data) / "tokenizer.model")
     world = distributed.start(timeout_seconds=config.collective_timeout, threads=config.threads)
-    lengths = tokenizer.byte_lengths()
-    evalset = block_set(name, store, config, lengths, world, bos=tokenizer.bos)
+    tokenizer = load_tokenizer(Path(config.data) / "tokenizer.model")
+    model = resolve_model(config, tokenizer.vocab_size)
+    _, evalsets = stage.prepare(config, model, tokenizer, world)
     engine = make_engine(config, tokenizer.vocab_size, ds_settings, world)
     found = checkpoint.newest_good(folder.checkpoints, world)
     if found is None:
         raise UserError(f"run={str(folder.path)!r}: holds no checkpoint; train it first")
     state = checkpoint.load(engine, found, world, weights_only=True)
-    result = evaluate(engine.module, evalset, world)
-    record = {"step": state["step"], "attempt": state["attempt"], **dataclasses.asdict(result)}
-    record |= {**state["totals"], "final": folder.is_finished}
-    if world.is_main:
-        folder.append("eval.jsonl", record)
-        print(json.dumps(record), flush=True)
+    for evalset in evalsets:
+        result = evaluate(engine.module, evalset, world)
+        record = {"step": state["step"], "attempt": state["attempt"], **dataclasses.asdict(result)}
+        record |= {"eval_set": evalset.name + suffix, **state["totals"]}
+        record["final"] = folder.is_finished
+        if world.is_main:
+            folder.cut_torn_lines()
+            folder.append("eval.jsonl", record)
+            print(json.dumps(record), flush=True)
     distributed.stop()
 
 

@@ -13,6 +13,7 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 
 from pipeline.assemble import Stage, run_stage
 from pipeline.config import RunConfig
+from pipeline.data.manifest import check_folder
 from pipeline.options import UserError, run_as_program
 from pipeline.run_folder import RunFolder
 
@@ -23,6 +24,7 @@ def check(config: RunConfig) -> Iterable[str]:
         yield f"arch={config.arch!r}: is not finetuned on instructions; give decllm or redllm"
     try:
         pairs, _, blocks = open_data(config)
+        check_folder(str(config.flan))
     except UserError as error:
         yield str(error)
         return
@@ -34,6 +36,9 @@ def check(config: RunConfig) -> Iterable[str]:
         )
     if config.init_from is None:
         yield "init_from: missing; give --init_from RUN, a pretrained run folder"
+        return
+    if RunFolder(config.run_dir).config_file.exists():
+        # Begun before: it has its weights, and its parent may be gone.
         return
     parent = RunFolder(config.init_from).read_config()
     for key in ("arch", "size"):

@@ -15,8 +15,10 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import sys
 import textwrap
+import time
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +26,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 T = TypeVar("T")
 _REQUIRED = dataclasses.MISSING
+OTHER_RANKS_WAIT = 10.0  # seconds; a launcher ends the ranks that are left after about one
+PLACES = ("DIR", "FILE", "GLOB")
 
 
 class UserError(ValueError):
@@ -94,6 +98,8 @@ def load(cls: type[T], values: Mapping[str, object], *, source: str = "flags") -
             arguments[name] = convert(nested[name], hints[name])
             minimum = field.metadata.get("minimum")
             value = arguments[name]
+            if value == "" and field.metadata.get("metavar") in PLACES:
+                raise UserError("empty; give a path")
             if (
                 minimum is not None
                 and isinstance(value, (int, float))
@@ -299,11 +305,19 @@ def _metavar(field: dataclasses.Field[Any], hints: Mapping[str, Any]) -> str:
 
 
 def run_as_program(main: Callable[[], None]) -> None:
-    """Run `main`; a user's mistake becomes one line on stderr and exit code 2."""
+    """Run `main`; a user's mistake becomes one line on stderr and exit code 2.
+
+    Under a launcher most mistakes are found by every rank and rank 0 tells them. Another rank
+    speaks only when it is still there a while later: what it found, it alone has found.
+    """
+    rank = os.environ.get("RANK", "0")
     try:
         main()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if rank != "0":
+            time.sleep(OTHER_RANKS_WAIT)
+        speaker = "" if rank == "0" else f"rank {rank}: "
+        print(f"{speaker}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)

@@ -46,15 +46,21 @@ class RunFolder:
         return self.finished_file.exists()
 
     def read_config(self) -> dict[str, Any]:
-        """config.json. Raises UserError where there is none."""
+        """config.json. Raises UserError where there is none, or none of a run."""
         try:
-            return dict(json.loads(self.config_file.read_text(encoding="utf-8")))
-        except FileNotFoundError as error:
+            document = json.loads(self.config_file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(
                 f"run={str(self.path)!r}: holds no config.json; give a run folder"
             ) from error
-        except ValueError as error:
-            raise UserError(f"{self.config_file}: not JSON ({error}); restore it") from error
+        except (ValueError, OSError) as error:
+            raise UserError(f"{self.config_file}: cannot be read ({error}); restore it") from error
+        sections = ("run", "data", "model")
+        if not isinstance(document, dict) or not all(
+            isinstance(document.get(section), dict) for section in sections
+        ):
+            raise UserError(f"{self.config_file}: lacks {', '.join(sections)}; restore it")
+        return document
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write config.json whole or not at all."""
@@ -74,27 +80,39 @@ class RunFolder:
                     handle.truncate(content.rfind(b"\n") + 1)
 
     def last_attempt(self) -> int:
-        """The highest attempt in metrics.jsonl; 0 where no step was made."""
-        file = self.path / "metrics.jsonl"
-        if not file.exists():
-            return 0
-        lines = file.read_bytes().splitlines()
-        return int(json.loads(lines[-1])["attempt"]) if lines else 0
+        """The highest attempt that left a record; 0 where none did."""
+        found = 0
+        for name in ("metrics.jsonl", "eval.jsonl"):
+            file = self.path / name
+            lines = file.read_bytes().splitlines() if file.exists() else []
+            found = max(found, int(json.loads(lines[-1])["attempt"]) if lines else 0)
+        return found
+
+    def evaluated_steps(self) -> set[int]:
+        """Steps that have an evaluation."""
+        file = self.path / "eval.jsonl"
+        lines = file.read_bytes().splitlines() if file.exists() else []
+        return {int(json.loads(line)["step"]) for line in lines}
 
     def lock(self) -> None:
-        """Keep every other process from training this run until this one ends, however it ends.
+        """Keep every other process from this run until this one ends, however it ends.
 
-        Raises UserError where another holds it.
+        Raises UserError where another holds it or the folder cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        handle = (self.path / ".lock").open("a+", encoding="utf-8")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = (self.path / ".lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"run_dir={str(self.path)!r}: {error.strerror}; give a folder that can be written"
+            ) from error
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             handle.seek(0)
             raise UserError(
                 f"run_dir={str(self.path)!r}: process {handle.read().strip() or '?'} is "
-                "training it; wait for it or stop it"
+                "working on it; wait for it or stop it"
             ) from None
         handle.truncate(0)
         handle.write(f"{os.getpid()} on {socket.gethostname()}\n")

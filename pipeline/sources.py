@@ -115,6 +115,12 @@ class InstructionSource:
         self._bos = bos
         self._pad = pad
 
+    def _pair_flops(self, source_len: int, target_len: int) -> Flops:
+        """Training FLOPs of one pair without padding: the same for every cut into batches."""
+        if self._config.arch == "redllm":
+            return _row_flops(self._model, target_len, source_len)
+        return _row_flops(self._model, source_len + target_len, 0)
+
     def share(self, step: int, rank: int, world_size: int) -> Share:
         """See `Source`."""
         config = self._config
@@ -141,18 +147,12 @@ class InstructionSource:
             micro_batches=micro,
             target_tokens=sum(int(batch.loss_mask.sum()) for batch in micro),
             processed_tokens=sum(len(inputs) + len(targets) for inputs, targets in pairs),
-            flops=total_flops([batch_flops(self._model, batch) for batch in micro]),
+            flops=total_flops([self._pair_flops(*map(len, pair)) for pair in pairs]),
             sample_hash=hashed % 2**64,
         )
 
 
-def batch_flops(model: ModelConfig, batch: Batch) -> Flops:
-    """Training FLOPs of one padded batch, padding included: it is computed too."""
-    source = 0 if batch.encoder_ids is None else batch.encoder_ids.shape[1]
-    return scaled(_row_flops(model, batch.input_ids.shape[1], source), len(batch.input_ids))
-
-
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=65_536)
 def _row_flops(model: ModelConfig, seq_len: int, source_len: int) -> Flops:
     return training_flops(model, seq_len=seq_len, source_len=source_len)
 

@@ -148,8 +148,9 @@ class Trainer:
         norm = engine.get_global_grad_norm()
         return StepRecord(
             step=self.step,
-            loss=nll / counts.target_tokens,
-            z_loss=squared_z / counts.target_tokens,
+            # A batch of nothing but padding behind the split has no target, and no gradient.
+            loss=nll / max(1, counts.target_tokens),
+            z_loss=squared_z / max(1, counts.target_tokens),
             grad_norm=float("nan") if norm is None else float(norm),
             lr=rate,
             seconds=time.perf_counter() - started,
@@ -168,7 +169,7 @@ class Trainer:
         DeepSpeed averages gradients over ranks, so each rank's sum is divided by the global number
         of targets and multiplied by the number of ranks: uneven masks weigh as they should.
         """
-        scale = self.world.size / target_tokens
+        scale = self.world.size / max(1, target_tokens)
         sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for batch in share.micro_batches:
             chunks = self.engine.module.loss_chunks(batch.to(self.world.device), self.config.z_loss)

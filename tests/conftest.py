@@ -47,7 +47,7 @@ def shards_dir(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def flan_dir(shards_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A FLAN folder: names of functions from their first lines, 24 tasks' rows held out."""
+    """A FLAN folder: names of functions from their first lines, every other row held out."""
     from tools.cli import dispatch
 
     folder = tmp_path_factory.mktemp("flan")

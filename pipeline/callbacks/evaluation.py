@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING
 
 from pipeline.callbacks.base import Callback, StepRecord
@@ -15,20 +15,29 @@ if TYPE_CHECKING:
 class Evaluation(Callback):
     """Scores every evaluation set each `eval_every` steps and at the end."""
 
-    def __init__(self, sets: Sequence[EvalSet], *, at_start: bool = False) -> None:
+    def __init__(
+        self, sets: Sequence[EvalSet], evaluated: Set[int], *, at_start: bool = False
+    ) -> None:
+        """`evaluated`: steps scored before; `at_start`: whether the first weights are scored."""
         self._sets = sets
+        self._evaluated = evaluated
         self._at_start = at_start
 
     def on_start(self, trainer: Trainer) -> None:
-        """Score the weights a finetuning run starts from."""
-        if self._at_start and trainer.step == 0:
+        """Score where the run goes on from, when a kill came between saving and scoring it."""
+        if self._due(trainer) and trainer.step not in self._evaluated:
             self._evaluate(trainer, final=False)
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         """Score at every `eval_every`-th step but the last, which `on_end` scores."""
-        every = trainer.config.eval_every
-        if every and trainer.step % every == 0 and trainer.step < trainer.config.steps:
+        if self._due(trainer):
             self._evaluate(trainer, final=False)
+
+    def _due(self, trainer: Trainer) -> bool:
+        if trainer.step == 0:
+            return self._at_start
+        every = trainer.config.eval_every
+        return bool(every) and trainer.step % every == 0 and trainer.step < trainer.config.steps
 
     def on_end(self, trainer: Trainer) -> None:
         """Score the finished model."""

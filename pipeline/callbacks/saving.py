@@ -17,6 +17,11 @@ class Saving(Callback):
     def __init__(self) -> None:
         self._saved_step = -1
 
+    def on_start(self, trainer: Trainer) -> None:
+        """What the run goes on from is saved already."""
+        if trainer.step > 0:
+            self._saved_step = trainer.step
+
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         """Save at every `checkpoint_every`-th step."""
         every = trainer.config.checkpoint_every

@@ -18,6 +18,7 @@ from pipeline.options import UserError
 
 FORMAT = 1
 FILE_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,3 +184,33 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> None:
     """Write `manifest.json` into `folder`, atomically."""
     fields = {**dataclasses.asdict(manifest), "fingerprint": manifest.fingerprint}
     write_atomically(Path(folder) / FILE_NAME, json.dumps(fields, indent=1, sort_keys=True) + "\n")
+
+
+def check_folder(folder: str | Path) -> Manifest:
+    """The manifest of `folder`, whose files are there as it says: sizes, and the tokenizer's hash.
+
+    Raises:
+        UserError: naming the first file that is missing, of another size, or another tokenizer.
+    """
+    manifest = read_manifest(folder)
+    for shard in manifest.shards:
+        path = Path(folder) / shard.path
+        size = path.stat().st_size if path.exists() else None
+        if size != shard.bytes:
+            found = "is missing" if size is None else f"has {size} bytes instead of {shard.bytes}"
+            raise UserError(
+                f"data={str(folder)!r}: shard {shard.path} {found}; restore it or tokenise again"
+            )
+    tokenizer = Path(folder) / TOKENIZER_NAME
+    try:
+        digest = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"data={str(folder)!r}: {TOKENIZER_NAME} cannot be read ({error.strerror}); restore it"
+        ) from error
+    if digest != manifest.tokenizer.sha256:
+        raise UserError(
+            f"data={str(folder)!r}: its {TOKENIZER_NAME} is not the one that made its shards; "
+            "restore that, or tokenise again"
+        )
+    return manifest

@@ -64,7 +64,9 @@ def block_set(
     samples = [store.read(*rows[index]) for index in mine]
     ids = torch.from_numpy(np.stack([ids for ids, _ in samples]).astype(np.int64))
     valid = torch.tensor([length for _, length in samples])
-    whole = objectives.build("matched", config.arch, ids, valid, bos, config.split)
+    # The same targets either way; a prefix model sees its prefix as it was trained to.
+    objective = "prefix" if config.resolved_objective == "prefix" else "matched"
+    whole = objectives.build(objective, config.arch, ids, valid, bos, config.split)
     return _finish(name, [whole], real, config.eval_micro_batch, byte_lengths, world)
 
 
@@ -162,8 +164,8 @@ def evaluate(model: nn.Module, evalset: EvalSet, world: World) -> EvalResult:
     total = float(sum_over_ranks(nll))
     return EvalResult(
         eval_set=evalset.name,
-        loss=total / evalset.target_tokens,
+        loss=total / max(1, evalset.target_tokens),
         eval_tokens=evalset.target_tokens,
-        bits_per_byte=total / math.log(2) / evalset.target_bytes,
+        bits_per_byte=total / math.log(2) / max(1, evalset.target_bytes),
         unigram_entropy=evalset.unigram_entropy,
     )

@@ -149,6 +149,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(arch: str, shards_dir: Path, tmp_path
     assert not (stopped / "FINISHED").exists()
     assert list(losses(stopped)) == [1, 2, 3]
     run_entry("pretrain", 2, asked)
+    # It went on where it stopped; a start from scratch would give the same losses too.
+    assert [(r["step"], r["attempt"]) for r in records(stopped, "metrics.jsonl")] == [
+        *[(step, 1) for step in (1, 2, 3)],
+        *[(step, 2) for step in (4, 5, 6)],
+    ]
     assert losses(stopped) == losses(whole)
     assert records(stopped, "eval.jsonl")[-1]["loss"] == records(whole, "eval.jsonl")[-1]["loss"]
     totals = [records(run, "metrics.jsonl")[-1]["flops_hardware"] for run in (whole, stopped)]
@@ -182,6 +187,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(
     run_entry("pretrain", 2, asked)
     again = [r for r in records(run, "metrics.jsonl") if r["attempt"] == 2]
     assert {r["step"]: r["loss"] for r in again} == {s: before[s] for s in (4, 5, 6)}
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["damaged_step_6", "step_3", "step_6"]
 
     (run / "FINISHED").unlink()
     for step in (3, 6):
@@ -216,13 +223,114 @@ def test_finetuning_starts_from_its_parent_and_learns(
     assert scored["validation", 12]["flops_model_causal"] > own["flops_model_causal"]
 
 
-def test_a_non_finite_step_is_skipped_counted_and_ends_the_run(
-    shards_dir: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_diverges_ends_with_the_cause(shards_dir: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.raises(AssertionError, match="max_skipped_steps=2: that many steps in a row"):
         run_entry("pretrain", 2, flags(run, shards_dir, lr=1e30, max_skipped_steps=2, grad_clip=0))
     skipped = [r["skipped"] for r in records(run, "metrics.jsonl")]
     assert skipped[-2:] == [True, True]
     assert records(run, "metrics.jsonl")[-1]["grad_norm"] is None
-    assert [r["event"] for r in records(run, "ledger.jsonl")][-2:] == ["skipped", "skipped"]
+
+
+def poison_one_step(argv: list[str], step: int) -> None:
+    """Train with a loss that is not a number on rank 1 alone in step `step`."""
+    import sys
+
+    from models.losses import LossTerms
+    from pipeline import pretrain, trainer
+    from pipeline.assemble import run_stage
+
+    original = trainer.Trainer._backward
+
+    def poisoned(self: trainer.Trainer, *args: object) -> torch.Tensor:
+        model = self.engine.module
+        if self.step == step and self.world.rank == 1:
+            chunks = model.loss_chunks
+            model.loss_chunks = lambda *a: (
+                LossTerms(t.objective * float("nan"), t.nll, t.z) for t in chunks(*a)
+            )
+            try:
+                return original(self, *args)  # type: ignore[arg-type]
+            finally:
+                del model.loss_chunks
+        return original(self, *args)  # type: ignore[arg-type]
+
+    trainer.Trainer._backward = poisoned  # type: ignore[assignment,method-assign]
+    sys.argv = ["pipeline/pretrain.py", *argv]
+    run_stage(pretrain.STAGE)
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all_and_training_goes_on(
+    shards_dir: Path, tmp_path: Path
+) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    asked = flags(run, shards_dir)
+    run_entry("pretrain", 2, flags(whole, shards_dir))
+    run_ranks(poison_one_step, 2, [f"--{key}={value}" for key, value in asked.items()], 2)
+    metrics = records(run, "metrics.jsonl")
+    assert [r["skipped"] for r in metrics] == [False, False, True, False, False, False]
+    events = [r["event"] for r in records(run, "ledger.jsonl")]
+    assert events == ["applied", "applied", "skipped", "applied", "applied", "applied"]
+    # The weights did not move in the third step, and later losses are those of finite weights.
+    ours, undisturbed = losses(run), losses(whole)
+    assert [ours[s] for s in (1, 2, 3)] == [undisturbed[s] for s in (1, 2, 3)]
+    assert all(math.isfinite(ours[s]) and ours[s] != undisturbed[s] for s in (4, 5, 6))
+
+
+def test_uneven_targets_weigh_the_same_on_any_world(
+    shards_dir: Path, flan_dir: Path, tmp_path: Path
+) -> None:
+    """Instruction targets differ in length: a mean of ranks' means would differ from one batch."""
+    parent = tmp_path / "parent"
+    run_entry("pretrain", 1, flags(parent, shards_dir, steps=1))
+    found = []
+    for world_size, micro_batch in ((1, 12), (1, 3), (2, 2), (3, 4)):
+        run = tmp_path / f"{world_size}-{micro_batch}"
+        changes = {"init_from": parent, "flan": flan_dir, "micro_batch": micro_batch}
+        run_entry("finetune", world_size, flags(run, shards_dir, **changes))
+        last = records(run, "metrics.jsonl")
+        found.append([(r["loss"], r["grad_norm"]) for r in last])
+        assert last[-1]["flops_hardware"] == pytest.approx(
+            records(tmp_path / "1-12", "metrics.jsonl")[-1]["flops_hardware"], rel=1e-12
+        )
+    for other in found[1:]:
+        for ours, first in zip(other, found[0], strict=True):
+            assert ours == pytest.approx(first, rel=1e-5)
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_end_loses_nothing(
+    shards_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    asked = flags(run, shards_dir, keep_checkpoints=1)
+    run_entry("pretrain", 2, asked)
+    final = records(run, "eval.jsonl")[-1]["loss"]
+    made = (run / "checkpoints" / "step_6" / "COMPLETE.json").stat().st_mtime_ns
+    (run / "FINISHED").unlink()
+    for name in ("metrics.jsonl", "eval.jsonl"):
+        with (run / name).open("a") as file:
+            file.write('{"step": 7, "torn')
+    run_entry("pretrain", 2, asked)
+    assert (run / "FINISHED").exists()
+    assert len(records(run, "metrics.jsonl")) == 6
+    last = records(run, "eval.jsonl")[-1]
+    assert (last["loss"], last["final"], last["attempt"]) == (final, True, 2)
+    # The only checkpoint was not written again, and so never missing.
+    assert (run / "checkpoints" / "step_6" / "COMPLETE.json").stat().st_mtime_ns == made
+
+
+def test_a_swapped_tokenizer_and_a_missing_shard_are_refused_before_any_work(
+    shards_dir: Path, tmp_path: Path
+) -> None:
+    for harm, part in (
+        (lambda data: flip_a_bit(data / "tokenizer.model"), "is not the one that made its shards"),
+        (lambda data: next(data.glob("train/*/*.tar")).unlink(), "is missing"),
+        (lambda data: os.truncate(next(data.glob("train/*/*.tar")), 512), "has 512 bytes"),
+    ):
+        data = tmp_path / "data"
+        shutil.copytree(shards_dir, data)
+        harm(data)
+        with pytest.raises(AssertionError, match=part):
+            run_entry("pretrain", 1, flags(tmp_path / "run", data))
+        assert not (tmp_path / "run").exists()
+        shutil.rmtree(data)

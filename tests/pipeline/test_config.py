@@ -42,9 +42,9 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
 def test_yaml_that_reads_a_number_as_text(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     lines = [f"{key}: {value}" for key, value in BASE.items()]
-    file.write_text("\n".join([*lines, "lr: 1e-3", "weights: {c4: 1e-1}"]))
+    file.write_text("\n".join([*lines, "lr: 1e-3", "weights: {c4: 1e-1}", "shuffle_window: 4"]))
     config = load_with_file(RunConfig, ["--config", str(file)], "pretrain.py")
-    assert (config.lr, config.weights) == (1e-3, {"c4": 0.1})
+    assert (config.lr, config.weights, config.shuffle_window) == (1e-3, {"c4": 0.1}, 4)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,8 @@ def test_yaml_that_reads_a_number_as_text(tmp_path: Path) -> None:
         ({"bidirectional_inputs": "true"}, "bidirectional_inputs=True: only for finetuning"),
         ({"steps": 0}, "steps='0': too small"),
         ({"learning_rate": 1}, "learning_rate='1': not an option"),
+        ({"micro_batch": 0}, "micro_batch='0': too small; give at least 1"),
+        ({"run_dir": ""}, "run_dir='': empty; give a path"),
         ({"config": "nowhere.yaml"}, "config='nowhere.yaml': No such file"),
     ],
 )
@@ -105,6 +107,13 @@ def test_every_shipped_deepspeed_file_is_accepted(file: Path) -> None:
     [
         ('{"zero_optimization": {"stage": 3}, "gradient_clipping": 1}', "holds gradient_clipping"),
         ('{"zero_optimization": {"stage": 2}}', "stage=2; give 3"),
+        ('{"zero_optimization": 3}', "has no zero_optimization section"),
+        ("[]", "has no zero_optimization section"),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}',
+            "zero_optimization.offload_optimizer is not supported",
+        ),
+        ('{"zero_optimization": {"stage": 3, "stag": 1}}', "stag is not supported"),
         ('{"zero_optimization": {"stage": 3, "overlap_comm": true}}', "overlap_comm=true"),
         ("{", "not JSON"),
     ],

@@ -44,7 +44,7 @@ def test_two_processes_cannot_train_one_run_and_a_killed_one_leaves_no_lock(
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == "locked\n"
-        with pytest.raises(UserError, match=f"process {other.pid} on .* is training it"):
+        with pytest.raises(UserError, match=f"process {other.pid} on .* is working on it"):
             RunFolder(tmp_path).lock()
     finally:
         other.kill()

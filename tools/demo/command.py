@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -119,9 +120,11 @@ def interrupt_tree(pid: int) -> None:
         family = [top, *top.children(recursive=True)]
     except psutil.NoSuchProcess:
         return
-    leaves = [process for process in family if not process.children()]
+    parents = {process.ppid() for process in family if process.is_running()}
+    leaves = [process for process in family if process.pid not in parents]
     for process in leaves:
-        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGINT)
     _, alive = psutil.wait_procs(family, timeout=60)
     for process in alive:
         process.kill()
@@ -144,7 +147,12 @@ def _environment() -> dict[str, str]:
 
 
 def _read_times(root: Path) -> dict[str, float]:
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"output={str(root)!r}: {error.strerror}; give a folder that can be written"
+        ) from error
     file = root / "times.json"
     return dict(json.loads(file.read_text())) if file.exists() else {}
 
