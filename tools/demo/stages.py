@@ -98,7 +98,7 @@ def pretrain_config(runs: Path, shards: Path, arch: str, size: str, scale: float
     each token may see is all that differs.
     """
     entp = arch == "entp"
-    steps = max(8, round((240 if entp else 200) * scale))
+    steps = max(8, round((180 if entp else 160) * scale))
     return {
         "run_dir": str(runs / f"{arch}-{size}"),
         "data": str(shards),
@@ -126,7 +126,7 @@ def finetune_config(
     runs: Path, shards: Path, flan: Path, arch: str, scale: float
 ) -> dict[str, Any]:
     """The run.yaml of one finetuning."""
-    steps = max(8, round(150 * scale))
+    steps = max(8, round(120 * scale))
     parent = f"{arch}-{FINETUNED_SIZE}"
     return {
         "run_dir": str(runs / f"{parent}-flan"),
