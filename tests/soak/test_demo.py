@@ -42,6 +42,7 @@ def losses(root: Path) -> dict[str, list[float]]:
 def test_the_whole_demo_learns_and_a_second_one_does_nothing_again(tmp_path: Path) -> None:
     root = tmp_path / "demo"
     output, _ = (first := start(root)).communicate(timeout=1200)
+    print(output)
     assert first.returncode == 0, output[-4000:]
     assert len(losses(root)) == 11
     for name in ("points.csv", "fit.json", "frontier.png", "report.html"):
