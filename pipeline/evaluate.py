@@ -13,10 +13,10 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from pipeline import finetune, pretrain
-from pipeline.assemble import Stage, resolve_model
 from pipeline.config import RunConfig, load_with_file, read_deepspeed_file
 from pipeline.data.manifest import check_folder
 from pipeline.options import UserError, help_text, load, option, run_as_program
+from pipeline.plan import Stage, resolve_model
 from pipeline.run_folder import RunFolder
 
 PROGRAM = "pipeline/evaluate.py"

@@ -11,10 +11,11 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
     # A script's own folder comes first on the path, where `evaluate` would hide a package's.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pipeline.assemble import Stage, run_stage
+from pipeline.assemble import run_stage
 from pipeline.config import RunConfig
 from pipeline.data.manifest import check_folder
 from pipeline.options import UserError, run_as_program
+from pipeline.plan import Stage
 from pipeline.run_folder import RunFolder
 
 

@@ -11,9 +11,10 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
     # A script's own folder comes first on the path, where `evaluate` would hide a package's.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from pipeline.assemble import Stage, run_stage
+from pipeline.assemble import run_stage
 from pipeline.config import RunConfig
 from pipeline.options import UserError, run_as_program
+from pipeline.plan import Stage
 
 
 def check(config: RunConfig) -> Iterable[str]:

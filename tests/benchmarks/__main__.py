@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -95,12 +96,10 @@ def read_kept(path: Path) -> dict[str, dict[str, Any]]:
     """
     if not path.exists():
         return {}
-    try:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
         document = json.loads(path.read_bytes())
         if document["format"] == FORMAT:
             return {record["name"]: record for record in document["results"]}
-    except (ValueError, KeyError, TypeError):
-        pass
     raise UserError(f"output={str(path)!r}: holds no benchmarks of this version; give another file")
 
 

@@ -1,0 +1,202 @@
+"""Everything a run is told, checked and resolved before any work; imports nothing heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import platform
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from models.config import ModelConfig, named
+from models.flops import parameters
+from pipeline.config import RunConfig, batch_problems, load_with_file, read_deepspeed_file
+from pipeline.data.manifest import Manifest, check_folder, read_manifest
+from pipeline.options import UserError, convert
+from pipeline.run_folder import RunFolder
+
+# What a run may change when it goes on: nothing that moves a loss.
+CHANGEABLE = frozenset(
+    {
+        "run_dir",
+        "name",
+        "data",
+        "flan",
+        "micro_batch",
+        "ds_config",
+        "eval_micro_batch",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "max_skipped_steps",
+        "threads",
+        "collective_timeout",
+    }
+)
+C = TypeVar("C")
+RECORDED_VERSIONS = ("isoflop", "torch", "deepspeed", "sentencepiece", "numpy")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What tells pretraining from finetuning.
+
+    Attributes:
+        name: pretrain or finetune.
+        program: the entry point's path, for messages.
+        purpose: the first line of its help.
+        check: mistakes that only this stage can make.
+        prepare: (config, model config, tokenizer, world) → (source, evaluation sets).
+        scores_start: whether the starting weights are scored too.
+    """
+
+    name: str
+    program: str
+    purpose: str
+    check: Callable[[RunConfig], Iterable[str]]
+    prepare: Callable[..., tuple[Any, list[Any]]]
+    scores_start: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run whose every setting was checked, before any work."""
+
+    config: RunConfig
+    model: ModelConfig
+    ds_settings: dict[str, Any]
+    folder: RunFolder
+    document: dict[str, Any]
+
+
+def check_run(stage: Stage, argv: Sequence[str]) -> Plan:
+    """Read and check all that a run is told. Raises UserError with every mistake at once."""
+    config = load_with_file(RunConfig, argv, stage.program)
+    config = dataclasses.replace(config, name=config.name or Path(config.run_dir).name)
+    problems: list[str] = []
+
+    def attempt(step: Callable[[], C]) -> C | None:
+        try:
+            return step()
+        except UserError as error:
+            problems.append(str(error))
+            return None
+
+    folder = RunFolder(config.run_dir)
+    overrides = attempt(lambda: convert_overrides({**inherited_overrides(config), **config.model}))
+    config = dataclasses.replace(config, model=overrides or {})
+    ds_settings = attempt(lambda: read_deepspeed_file(config.ds_config))
+    manifest = attempt(lambda: check_folder(config.data))
+    if manifest is not None:
+        attempt(lambda: problems.extend(stage.check(config)))
+    problems += batch_problems(config, int(os.environ.get("WORLD_SIZE", "1")))
+    model = attempt(lambda: resolve_model(config, manifest.tokenizer.vocab_size if manifest else 2))
+    if problems or manifest is None or model is None or ds_settings is None:
+        raise UserError("; ".join(problems))
+    document = describe(stage, config, model, manifest)
+    refuse_other_run(folder, document)
+    return Plan(config, model, ds_settings, folder, document)
+
+
+def inherited_overrides(config: RunConfig) -> dict[str, Any]:
+    """What a finetuning run's parent changed of its named shape; the run's own, once it has begun.
+
+    The parent may be gone by the time a finetuning goes on.
+    """
+    if config.init_from is None:
+        return {}
+    own = RunFolder(config.run_dir)
+    source = own if own.config_file.exists() else RunFolder(config.init_from)
+    return dict(source.read_config()["run"]["model"])
+
+
+def convert_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's overrides with the types of ModelConfig's fields. Raises UserError."""
+    hints = typing.get_type_hints(ModelConfig)
+    for key in ("arch", "vocab_size"):
+        # The run names its architecture, and the data their vocabulary.
+        del hints[key]
+    converted = {}
+    for key, value in overrides.items():
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            remedy = f"did you mean {close[0]}?" if close else f"give one of {', '.join(hints)}"
+            raise UserError(f"model.{key}={value!r}: not a field of the model; {remedy}")
+        try:
+            converted[key] = convert(value, hints[key])
+        except UserError as error:
+            raise UserError(f"model.{key}={value!r}: {error}") from error
+    return converted
+
+
+def resolve_model(config: RunConfig, vocab_size: int) -> ModelConfig:
+    """The model of a run: its named shape with the run's overrides. Raises UserError."""
+    overrides = dict(config.model)
+    length = overrides.setdefault("max_seq_len", config.seq_len)
+    if isinstance(length, int) and length < config.seq_len:
+        raise UserError(
+            f"model.max_seq_len={length}: shorter than seq_len={config.seq_len}; give at least that"
+        )
+    try:
+        return named(config.arch, config.size, vocab_size=vocab_size, **overrides)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model={config.model}: {error}") from error
+
+
+def describe(
+    stage: Stage, config: RunConfig, model: ModelConfig, manifest: Manifest
+) -> dict[str, Any]:
+    """config.json: the resolved run with the versions and fingerprints it depends on."""
+    document: dict[str, Any] = {
+        "format": 1,
+        "stage": stage.name,
+        "run": dataclasses.asdict(config),
+        "model": dataclasses.asdict(model),
+        "parameters": dataclasses.asdict(parameters(model)),
+        "data": {
+            "path": config.data,
+            "fingerprint": manifest.fingerprint,
+            "tokenizer_sha256": manifest.tokenizer.sha256,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in RECORDED_VERSIONS},
+        },
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+    if config.flan is not None:
+        document["flan"] = {
+            "path": config.flan,
+            "fingerprint": read_manifest(config.flan).fingerprint,
+        }
+    if config.init_from is not None:
+        document["parent"] = config.init_from
+    return document
+
+
+def refuse_other_run(folder: RunFolder, document: dict[str, Any]) -> None:
+    """Raise UserError where the folder holds a run of another configuration or other data."""
+    if not folder.config_file.exists():
+        return
+    before = folder.read_config()
+    for key, value in document["run"].items():
+        known = before["run"].get(key, value)
+        # JSON has no tuples; what was written is compared with what would be.
+        if key not in CHANGEABLE and known != value:
+            raise UserError(
+                f"{key}={value!r}: the run in {folder.path} has {known!r}; give that, or another "
+                "run_dir"
+            )
+    for section in ("data", "flan"):
+        if section in document:
+            old, new = before.get(section, {}), document[section]
+            for key in ("fingerprint", "tokenizer_sha256"):
+                if key in new and old.get(key) != new[key]:
+                    raise UserError(
+                        f"{section}={new['path']!r}: not what the run in {folder.path} was started "
+                        f"on ({key} differs); give the same data, or another run_dir"
+                    )
