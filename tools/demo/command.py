@@ -124,7 +124,9 @@ def interrupt_tree(pid: int) -> None:
     leaves = [process for process in family if process.pid not in parents]
     for process in leaves:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(signal.SIGINT)
+            # A launcher that has started no rank yet has nothing to save: it is ended quietly.
+            launching = any("deepspeed" in Path(word).name for word in process.cmdline()[:4])
+            process.send_signal(signal.SIGTERM if launching else signal.SIGINT)
     _, alive = psutil.wait_procs(family, timeout=60)
     for process in alive:
         process.kill()
