@@ -14,7 +14,6 @@ from tests.tools.tokenising import start
 from tests.tools.tokenize_corpus.small import arguments, line, run
 from tools.corpus_records import Running
 
-# Enough that no test is too late for it.
 ROWS = 20_000
 BUSY = {"task_bytes": 500_000, "shard_bytes": 10**6}
 
@@ -26,19 +25,34 @@ def many_rows(folder):
     return folder / "in"
 
 
+def at_work(output):
+    """Process ids of the workers that say they are in a task."""
+    told = map(Running.read, output.glob("tasks/*.running"))
+    return {running.process for running in told if running is not None}
+
+
 @pytest.fixture
 def busy(model, tmp_path):
-    """The command, its first worker at work; its output folder; that worker's process id."""
+    """The command, its first worker held in its task; its output folder; that worker's process id.
+
+    However slow the test is, the command cannot have ended before SIGCONT lets the worker go on.
+    """
     output = tmp_path / "out"
     given = arguments(many_rows(tmp_path), model, output, **BUSY, workers=2)
     process = start(given)
     deadline = time.monotonic() + 60
-    told = None
-    while told is None:
+    held = None
+    while held is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
-        told = next(filter(None, map(Running.read, output.glob("tasks/*.running"))), None)
-    yield process, output, told.process
+        worker = next(iter(at_work(output)), None)
+        if worker is not None:
+            os.kill(worker, signal.SIGSTOP)
+            if worker in at_work(output):
+                held = worker
+            else:  # it was between two tasks
+                os.kill(worker, signal.SIGCONT)
+    yield process, output, held
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -69,8 +83,9 @@ def test_a_killed_worker_is_noticed(busy):
 
 
 def test_a_command_killed_alone_leaves_no_process_and_no_lock(busy, model, tmp_path):
-    process, output, _ = busy
+    process, output, worker = busy
     os.kill(process.pid, signal.SIGKILL)
+    os.kill(worker, signal.SIGCONT)
     process.communicate(timeout=60)
     run(tmp_path / "in", model, output, **BUSY)
     assert sum(s.documents for s in read_manifest(output).shards) == ROWS
@@ -78,8 +93,9 @@ def test_a_command_killed_alone_leaves_no_process_and_no_lock(busy, model, tmp_p
 
 
 def test_an_interrupt_ends_quietly_and_the_same_command_goes_on(busy, model, tmp_path):
-    process, output, _ = busy
+    process, output, worker = busy
     os.killpg(process.pid, signal.SIGINT)
+    os.kill(worker, signal.SIGCONT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130
     assert told == "interrupted; the same command goes on from here\n"
@@ -89,9 +105,10 @@ def test_an_interrupt_ends_quietly_and_the_same_command_goes_on(busy, model, tmp
 
 
 def test_a_second_command_on_the_same_folder_is_refused(busy, model, tmp_path):
-    process, output, _ = busy
+    process, output, worker = busy
     with pytest.raises(UserError, match="another isoflop tokenize"):
         run(tmp_path / "in", model, output, **BUSY)
+    os.kill(worker, signal.SIGCONT)
     process.communicate(timeout=60)
     assert process.returncode == 0
     run(tmp_path / "in", model, output, **BUSY)
