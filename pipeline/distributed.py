@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.network import free_port
+from pipeline.network import choose_interfaces, free_port
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ def start(*, timeout_seconds: int, threads: int) -> World:
     Args:
         timeout_seconds: after this long a collective that not all ranks joined raises.
         threads: CPU threads of this rank; 0 is its share of the cores.
+
+    Raises UserError where no interface of this host leads to the other hosts.
     """
     gpu = torch.cuda.is_available()
     if not gpu:
@@ -50,6 +52,7 @@ def start(*, timeout_seconds: int, threads: int) -> World:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(free_port()))
+    choose_interfaces(os.environ)
     local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))
     import deepspeed
@@ -62,10 +65,13 @@ def start(*, timeout_seconds: int, threads: int) -> World:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
+    timeout = timedelta(seconds=timeout_seconds)
+    # DeepSpeed makes groups of its own, ZeRO's among them, and gives them no time-out: torch's
+    # default is half an hour.
+    dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout
     deepspeed.init_distributed(
-        dist_backend="nccl" if gpu else "gloo",
-        timeout=timedelta(seconds=timeout_seconds),
-        verbose=False,
+        dist_backend="nccl" if gpu else "gloo", timeout=timeout, verbose=False
     )
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
