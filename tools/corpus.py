@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from glob import glob
 from os.path import commonpath
 from pathlib import Path, PurePath
@@ -48,11 +49,13 @@ class InputFile:
         path: where it is.
         name: its path below the deepest folder that holds all inputs, with forward slashes.
         size: bytes as stored.
+        modified: when it was last written, in nanoseconds, as the file system tells.
     """
 
     path: Path
     name: str
     size: int
+    modified: int
 
     @property
     def splittable(self) -> bool:
@@ -60,15 +63,42 @@ class InputFile:
         return self.path.suffix not in (".zst", ".gz")
 
     def probe(self) -> str:
-        """Checksum of the first and last 64 KiB, hexadecimal: cheap at any size."""
+        """Checksum of the first and last 64 KiB, hexadecimal: cheap at any size.
+
+        Raises UserError where the file cannot be read.
+        """
         import xxhash
 
         digest = xxhash.xxh3_64()
-        with open(self.path, "rb") as file:
-            digest.update(file.read(_PROBE_BYTES))
-            file.seek(max(0, self.size - _PROBE_BYTES))
-            digest.update(file.read(_PROBE_BYTES))
+        try:
+            with open(self.path, "rb") as file:
+                digest.update(file.read(_PROBE_BYTES))
+                file.seek(max(0, self.size - _PROBE_BYTES))
+                digest.update(file.read(_PROBE_BYTES))
+        except OSError as error:
+            raise UserError(
+                f"input={str(self.path)!r}: cannot be read ({error.strerror}); see to it, or give "
+                "another --input"
+            ) from None
         return digest.hexdigest()
+
+    def refuse_changed(self, probe: str) -> None:
+        """Raise UserError where the file is not what it was when it was found and probed."""
+        try:
+            status = self.path.stat()
+            same = (status.st_size, status.st_mtime_ns) == (self.size, self.modified)
+        except OSError:
+            same = False
+        if not same or self.probe() != probe:
+            raise UserError(
+                f"input={str(self.path)!r}: changed while it was read (it had {self.size:,} bytes, "
+                f"written {self.told_time()}); start again when it is left alone, with a new "
+                "--output"
+            )
+
+    def told_time(self) -> str:
+        """`modified`, for a reader."""
+        return datetime.fromtimestamp(self.modified // 10**9).isoformat(" ")
 
 
 def find_inputs(
@@ -104,7 +134,11 @@ def find_inputs(
             )
         found = files | found
     root = Path(commonpath([path.parent for path in found.values()]))
-    named = [InputFile(p, p.relative_to(root).as_posix(), p.stat().st_size) for p in found.values()]
+    named = []
+    for path in found.values():
+        status = path.stat()
+        name = path.relative_to(root).as_posix()
+        named.append(InputFile(path, name, status.st_size, status.st_mtime_ns))
     return sorted(named, key=lambda file: file.name)
 
 

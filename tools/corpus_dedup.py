@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from pipeline.atomic import partial_path, write_atomically
+from pipeline.atomic import partial_path, put_into_place, write_atomically
 from pipeline.options import UserError
 from tools.corpus_plan import Settings, Task
 from tools.corpus_records import file_digest
@@ -111,13 +111,14 @@ def write_drops(path: Path, counts: Sequence[int], drops: np.ndarray) -> None:
         xxhash.xxh3_64_hexdigest(np.ascontiguousarray(drops[begin:end]))
         for begin, end in pairwise(first)
     ]
+    # The drops come last: that they are there says that this is done.
+    write_atomically(_index_path(path), json.dumps({"first": first, "xxh3": digests}))
     partial = partial_path(path)
     with open(partial, "wb") as file:
         drops.tofile(file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
-    write_atomically(_index_path(path), json.dumps({"first": first, "xxh3": digests}))
+    put_into_place(partial, path)
 
 
 def find_duplicates(output: Path, tasks: Sequence[Task]) -> None:

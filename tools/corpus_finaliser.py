@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import os
 import shutil
 import sys
 from collections import Counter, defaultdict
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.atomic import put_into_place
 from pipeline.data.manifest import (
     Input,
     Manifest,
@@ -26,7 +29,7 @@ from pipeline.options import UserError
 from tools.corpus_filters import CHOSEN
 from tools.corpus_packer import BlockPacker
 from tools.corpus_plan import Settings, Task
-from tools.corpus_records import Record, record_path, rejects_path, tails_path
+from tools.corpus_records import Record, read_left, record_path, rejects_path, tails_path
 from tools.corpus_tasks import ids_dtype
 
 REJECTS_FILE = "rejects.jsonl"
@@ -127,7 +130,8 @@ def _join_tails(
     for record in records:
         if not record.tails:
             continue
-        with np.load(tails_path(output, record.id)) as stored:
+        content = read_left(output, record, tails_path(output, record.id))
+        with np.load(io.BytesIO(content)) as stored:
             for split, source, _ in record.tails:
                 packer = packers.get((split, source))
                 if packer is None:
@@ -152,9 +156,10 @@ def _join_rejects(output: Path, records: Sequence[Record]) -> None:
     with open(joined, "wb") as file:
         for record in records:
             if record.rejects:
-                with open(rejects_path(output, record.id), "rb") as part:
-                    shutil.copyfileobj(part, file)
-    joined.replace(output / REJECTS_FILE)
+                file.write(read_left(output, record, rejects_path(output, record.id)))
+        file.flush()
+        os.fsync(file.fileno())
+    put_into_place(joined, output / REJECTS_FILE)
 
 
 def _remove_strays(output: Path, shards: Iterable[Shard]) -> None:

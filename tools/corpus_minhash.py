@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tools.corpus_dedup import (
     write_drops,
 )
 from tools.corpus_plan import Settings, Task
+from tools.corpus_records import file_digest
 from tools.corpus_rows import Document
 from tools.corpus_stage import Counts, Stage
 from tools.corpus_tasks import task_documents
@@ -69,7 +71,7 @@ def signature_task(
         str(_folder(output, "signatures")), config=_config(), language=LANGUAGE
     )
     step.run(documents(), task.id, 1)
-    write_atomically(_signed(output, task.id), "done\n")
+    _mark(_signed(output, task.id), _signatures(output, task.id))
 
 
 def bucket_task(task: Task, settings: Settings, output: Path, *, in_worker: bool = False) -> None:
@@ -80,7 +82,7 @@ def bucket_task(task: Task, settings: Settings, output: Path, *, in_worker: bool
         str(_folder(output, "signatures")), str(_folder(output, "pairs")), config=_config()
     )
     step.run(None, task.id, NUM_BUCKETS)
-    write_atomically(_paired(output, task.id), "done\n")
+    _mark(_paired(output, task.id), _pairs(output, task.id))
 
 
 def _signed(output: Path, task: int) -> Path:
@@ -91,12 +93,34 @@ def _paired(output: Path, task: int) -> Path:
     return output / "tasks" / f"{task:06d}.paired"
 
 
+def _signatures(output: Path, task: int) -> list[Path]:
+    folder = _folder(output, "signatures")
+    return [folder / f"bucket_{n:03d}" / f"{task:05d}.minhash.sig" for n in range(NUM_BUCKETS)]
+
+
+def _pairs(output: Path, bucket: int) -> list[Path]:
+    return [_folder(output, "pairs") / f"{bucket:05d}_00.dups"]
+
+
+def _mark(path: Path, files: Sequence[Path]) -> None:
+    """Say that a task is done, and what its files then were."""
+    write_atomically(path, json.dumps([file_digest(file) for file in files]))
+
+
+def _is_as_marked(path: Path, files: Sequence[Path]) -> Counts | None:
+    try:
+        told = json.loads(path.read_bytes())
+        return (0, 0) if told == [file_digest(file) for file in files] else None
+    except (OSError, ValueError):
+        return None
+
+
 def _is_signed(output: Path, task: int) -> Counts | None:
-    return (0, 0) if _signed(output, task).is_file() else None
+    return _is_as_marked(_signed(output, task), _signatures(output, task))
 
 
 def _is_paired(output: Path, task: int) -> Counts | None:
-    return (0, 0) if _paired(output, task).is_file() else None
+    return _is_as_marked(_paired(output, task), _pairs(output, task))
 
 
 SIGN = Stage("minhash signatures", signature_task, _signed, _is_signed)

@@ -124,6 +124,16 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def read_left(output: Path, record: Record, path: Path) -> bytes:
+    """What a task left in a file beside its record, proved. Raises UserError when it is damaged."""
+    content = path.read_bytes()
+    if xxhash.xxh3_64_hexdigest(content) != record.files[path.name]:
+        raise UserError(
+            f"output={str(output)!r}: its tasks/{path.name} is damaged; give the same command again"
+        )
+    return content
+
+
 def read_done(output: Path, task: int) -> Record | None:
     """The record of a task that is done, all its files being there; None if it has to run."""
     try:

@@ -20,7 +20,7 @@ from typing import IO
 import numpy as np
 import xxhash
 
-from pipeline.atomic import partial_path
+from pipeline.atomic import partial_path, put_into_place
 from pipeline.data.encoder import Encoder, EncodersDifferError, UncuttableError, encoder_of
 from pipeline.data.shards import token_layout
 from pipeline.data.tokenizer import Tokenizer, load
@@ -216,7 +216,7 @@ class _TaskRun:
             self.rejects_file.flush()
             os.fsync(self.rejects_file.fileno())
             self.rejects_file.close()
-            os.replace(partial_path(files[-1]), files[-1])
+            put_into_place(partial_path(files[-1]), files[-1])
         record = Record(
             id=self.task.id,
             input=self.task.input,
@@ -246,7 +246,7 @@ class _TaskRun:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial_path(path), path)
+            put_into_place(partial_path(path), path)
         return tails
 
     def _abort(self) -> None:

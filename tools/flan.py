@@ -63,7 +63,8 @@ class Options:
 
 def run(options: Options) -> None:
     """Read, encode, and put the folder into place whole."""
-    from pipeline.data.manifest import write_manifest
+    from pipeline.atomic import make_folder, put_into_place, write_atomically
+    from pipeline.data.manifest import TOKENIZER_NAME, write_manifest
     from pipeline.data.tokenizer import load
     from tools.corpus import find_inputs
 
@@ -78,16 +79,16 @@ def run(options: Options) -> None:
         print(f"flan: {output} is complete")
         return
     started = time.monotonic()
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     manifest = _Run(options, tokenizer, partial, plan).write(files)
-    shutil.copyfile(options.tokenizer, partial / "tokenizer.model")
+    write_atomically(partial / TOKENIZER_NAME, tokenizer.model)
     write_manifest(partial, manifest)
     if output.is_dir():
         output.rmdir()  # empty: check_existing saw to it
-    os.replace(partial, output)
+    put_into_place(partial, output)
     rows = ", ".join(
         f"{split} {sum(s.documents for s in manifest.select(split))}" for split in manifest.splits()
     )
@@ -172,12 +173,15 @@ class _Run:
         inputs: list[Input] = []
         with open(self.folder / "rejects.jsonl", "w") as rejected:
             for split, found in files.items():
-                for file in found:
+                for file, (*_, probe) in zip(found, self.plan["inputs"][split], strict=True):
                     counts = self._read(file, None if len(files) == 1 else split)
-                    inputs.append(_input_of(f"{split}/{file.name}", file, counts))
+                    file.refuse_changed(probe)
+                    inputs.append(_input_of(f"{split}/{file.name}", file.size, probe, counts))
                     for reject in counts.rejects:
                         told = {"file": inputs[-1].path, **dataclasses.asdict(reject)}
                         rejected.write(json.dumps(told) + "\n")
+            rejected.flush()
+            os.fsync(rejected.fileno())
         shards = [shard for _, writer in sorted(self.writers.items()) for shard in writer.close()]
         if not shards:
             raise UserError(
@@ -246,14 +250,8 @@ class _Run:
 
         writer = self.writers.get((split, source))
         if writer is None:
-            writer = FlanWriter(
-                self.folder,
-                split,
-                source,
-                self.layout,
-                pad=self.tokenizer.pad,
-                shard_bytes=self.options.shard_bytes,
-            )
+            sizes = {"pad": self.tokenizer.pad, "shard_bytes": self.options.shard_bytes}
+            writer = FlanWriter(self.folder, split, source, self.layout, **sizes)
             self.writers[split, source] = writer
         return writer
 
@@ -284,13 +282,13 @@ def parse_instruction(fields: dict[str, Any], offset: int) -> _InstructionRow | 
     return _InstructionRow(source, task, texts[0], texts[1], surrogates)
 
 
-def _input_of(name: str, file: InputFile, counts: _Counts) -> Input:
+def _input_of(name: str, size: int, probe: str, counts: _Counts) -> Input:
     from pipeline.data.manifest import Input
 
     return Input(
         path=name,
-        size=file.size,
-        probe=file.probe(),
+        size=size,
+        probe=probe,
         rows=counts.rows,
         documents=counts.used,
         rejects=dict(sorted(Counter(r.reason for r in counts.rejects).items())),

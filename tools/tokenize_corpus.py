@@ -106,6 +106,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Plan, run the tasks that have no record yet, finalise."""
+    from pipeline.atomic import make_folder
     from pipeline.data.manifest import FILE_NAME, check_folder
     from pipeline.data.tokenizer import load
     from tools.corpus import find_inputs
@@ -131,7 +132,7 @@ def run(options: Options) -> None:
     manifest = output / FILE_NAME
     with told_if_unwritable(output):
         if not manifest.is_file():
-            (output / "tasks").mkdir(parents=True, exist_ok=True)
+            make_folder(output / "tasks")
             with only_one(output):
                 # Another command may have finished between the question and the lock.
                 if not manifest.is_file():
@@ -158,12 +159,14 @@ def tokenise(
     """Run the tasks that are not done, then finalise."""
     from pipeline.atomic import write_atomically
     from pipeline.data.encoder import encoder_of
+    from tools.corpus_earlier import forget_damaged, refuse_newer_inputs
     from tools.corpus_finaliser import describe, finalise
     from tools.corpus_plan import plan_path, plan_tasks
     from tools.corpus_stage import TOKENISE, run_stage
     from tools.corpus_tasks import TOKENIZER_FILE
 
     started = time.monotonic()
+    refuse_newer_inputs(output, files)
     write_atomically(output / TOKENIZER_FILE, tokenizer.model)
     write_atomically(plan_path(output), json.dumps(plan, indent=1) + "\n")
     engine = encoder_of(tokenizer).engine
@@ -177,11 +180,20 @@ def tokenise(
     tasks = plan_tasks(files, settings)
     sizes = {t.id: stored[t.input] if t.end is None else t.end - t.begin for t in tasks}
     runner = runner_of(options)
+    forget_damaged(output, tasks)
     if settings.dedup != "none":
         find_all_duplicates(tasks, sizes, settings, output, runner)
+        refuse_changed(files, plan)
     run_stage(TOKENISE, tasks, sizes, settings, output, runner)
+    refuse_changed(files, plan)
     manifest = finalise(output, tasks, settings, tokenizer, plan["inputs"], options.max_reject_rate)
     print(f"tokenize: {output}: {describe(manifest)} ({time.monotonic() - started:.1f} s)")
+
+
+def refuse_changed(files: list[InputFile], plan: dict[str, Any]) -> None:
+    """Raise UserError where an input is not what it was when this command began."""
+    for file, planned in zip(files, plan["inputs"], strict=True):
+        file.refuse_changed(planned["probe"])
 
 
 def evaluations_of(options: Options) -> Evaluations | None:

@@ -9,7 +9,6 @@ disk, and its collectives never meet the writer's. At most one save is under way
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 import time
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.atomic import write_atomically
+from pipeline.atomic import sync_folder, write_atomically
 from pipeline.checkpointing import folder
 from pipeline.checkpointing.tensor_file import (
     TensorSpec,
@@ -234,11 +233,11 @@ class Writer:
         replaced = self._checkpoints / f".step_{step}{folder.REPLACED}"
         try:
             write_atomically(temporary / folder.COMPLETE, folder.completed_document(step, files))
-            _sync_folder(temporary)
+            sync_folder(temporary)
             if target.exists():
                 target.rename(replaced)
             temporary.rename(target)
-            _sync_folder(self._checkpoints)
+            sync_folder(self._checkpoints)
         except OSError as caught:
             return f"{caught.strerror or caught}"
         shutil.rmtree(replaced, ignore_errors=True)
@@ -253,15 +252,6 @@ def _write_text(path: Path, text: str) -> Written:
     """Write a small file and hash what is there."""
     write_atomically(path, text)
     return Written(folder.sha256_of(path), path.stat().st_size)
-
-
-def _sync_folder(path: Path) -> None:
-    """Bring the names in a folder to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _size(count: int) -> str:

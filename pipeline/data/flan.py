@@ -190,8 +190,7 @@ class FlanStore:
         rows = self._open.get(number)
         if rows is None:
             shard = self._shards[number]
-            file = self.folder / shard.path if self._cache is None else self._cache.file(shard)
-            rows = self._open[number] = _ShardRows(file, shard, self._layout)
+            rows = self._open[number] = _ShardRows(self._file_of(shard), shard, self._layout)
         inside = index - (int(self._ends[number - 1]) if number else 0)
         sample = int(np.searchsorted(rows.starts, inside, side="right")) - 1
         row = inside - int(rows.starts[sample])
@@ -201,11 +200,14 @@ class FlanStore:
         task = bytes(rows.reader.read(sample, "tasks.npy", row, 1)[0]).decode()
         return inputs, targets, task
 
+    def _file_of(self, shard: Shard) -> Path:
+        return self.folder / shard.path if self._cache is None else self._cache.file(shard)
+
     def longest_row(self) -> int:
         """Most tokens of inputs and targets together in any row."""
         longest = 0
         for shard in self._shards:
-            reader = ShardReader(self.folder / shard.path, self._layout, shard.samples)
+            reader = ShardReader(self._file_of(shard), self._layout, shard.samples)
             for sample in range(shard.samples):
                 offsets = reader.read(sample, "offsets.npy")
                 longest = max(longest, int(np.diff(offsets, axis=0).sum(1).max(initial=0)))

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from pipeline.atomic import partial_path
+from pipeline.atomic import make_folder, partial_path, put_into_place
 from pipeline.options import UserError
 
 CHUNK_BYTES = 4096
@@ -134,7 +134,7 @@ class ShardWriter:
         self.samples = 0
         self._key_prefix = key_prefix
         self._hash = hashlib.sha256()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         self._partial = partial_path(path)
         self._file = open(self._partial, "wb")  # noqa: SIM115 (closed by close or abort)
 
@@ -164,13 +164,13 @@ class ShardWriter:
         self._hash.update(data)
 
     def close(self) -> WrittenShard:
-        """End the archive and rename it into place."""
+        """End the archive and rename it into place; all of it is on disk when this returns."""
         size = self.layout.shard_bytes(self.samples)
         self._write(bytes(size - self.samples * self.layout.sample_bytes))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        os.replace(self._partial, self.path)
+        put_into_place(self._partial, self.path)
         return WrittenShard(self.samples, size, self._hash.hexdigest())
 
     def abort(self) -> None:

@@ -1,5 +1,6 @@
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,7 @@ from pipeline.data.manifest import read_manifest
 from pipeline.data.tokenizer import load
 from pipeline.options import UserError
 from pipeline.options import load as load_options
+from tests.power_cut import PowerCut
 from tools import flan, tokenizer
 
 
@@ -31,7 +33,7 @@ def run(folder, model, **changes):
     given = {"input": (f"{folder}/*.jsonl",), "output": f"{folder}/out", "tokenizer": str(model)}
     options = flan.Options(**{**given, "block_tokens": 2048, **changes})
     flan.run(options)
-    return folder / "out"
+    return Path(options.output)
 
 
 def test_long_rows_are_cut_and_bad_rows_counted(tmp_path, model):
@@ -132,3 +134,34 @@ def test_a_block_must_hold_the_longest_row():
     for flags in ({"block_tokens": "1024"}, {"block_tokens": "2000", "max_input": "1000"}):
         with pytest.raises(UserError, match="block_tokens="):
             load_options(flan.Options, {**given, **flags})
+
+
+def test_a_power_cut_leaves_all_of_the_folder_or_none(tmp_path, model, monkeypatch):
+    (tmp_path / "a.jsonl").write_text(row(1) + "{bad\n" + row(2))
+    placed = []
+
+    def check(source, target):
+        assert disk.has_bytes(source), target
+        placed.append(target.name)
+
+    with monkeypatch.context() as patch:
+        disk = PowerCut(tmp_path, patch, check)
+        out = run(tmp_path, model, output=f"{tmp_path}/deep/out")
+        assert all(disk.leaves(path) for path in out.rglob("*") if path.is_file())
+    assert placed[-1] == "out"
+
+
+def test_rows_that_change_while_they_are_read_are_refused(tmp_path, model, monkeypatch):
+    path = tmp_path / "a.jsonl"
+    path.write_text(row(1) + row(2))
+    read = flan._Run._read
+
+    def read_then_append(self, file, split):
+        counts = read(self, file, split)
+        path.write_text(row(1) + row(2) + row(3))
+        return counts
+
+    monkeypatch.setattr(flan._Run, "_read", read_then_append)
+    with pytest.raises(UserError, match=r"a\.jsonl': changed while it was read"):
+        run(tmp_path, model)
+    assert not (tmp_path / "out").exists()

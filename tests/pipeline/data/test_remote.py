@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pipeline.data import loader, remote
+from pipeline.data.flan import FlanStore
 from pipeline.data.loader import TrainingOrder
 from pipeline.data.manifest import check_folder, read_manifest, write_manifest
 from pipeline.data.sequences import SequenceStore
@@ -191,6 +192,15 @@ def test_a_file_url_needs_no_server(shards, tmp_path):
     assert folder.is_relative_to(tmp_path)
     assert np.array_equal(order_of(folder).batch(5, 30).ids, order_of(shards).batch(5, 30).ids)
     assert check_folder(folder) == read_manifest(shards)
+
+
+def test_flan_rows_come_through_the_cache_too(flan_dir, tmp_path):
+    here = FlanStore(flan_dir, "train")
+    there = FlanStore(remote.local_folder(f"file://{flan_dir}", str(tmp_path), 1.0), "train")
+    assert there.longest_row() == here.longest_row()
+    for index in (0, len(here) - 1):
+        for mine, other in zip(here.read(index), there.read(index), strict=True):
+            assert np.array_equal(mine, other)
 
 
 def test_a_shard_that_is_missing_or_cut_there_is_told_before_any_work(shards, tmp_path):

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from pipeline.options import UserError
 from tests.tools.tokenising import content, start
 from tests.tools.tokenize_corpus.small import arguments, run
 
@@ -66,9 +67,9 @@ def test_a_killed_finaliser_is_repeated(corpus, model, shards, tmp_path, monkeyp
     assert content(run(corpus[0], model, tmp_path / "out")) == content(shards)
 
 
-@pytest.mark.parametrize("damage", ["record", "tails", "shard"])
+@pytest.mark.parametrize("damage", ["record", "tails", "missing shard", "shard"])
 def test_what_was_damaged_before_the_end_is_made_again(
-    corpus, model, shards, tmp_path, monkeypatch, damage
+    corpus, model, shards, tmp_path, monkeypatch, damage, capsys
 ):
     from tools import corpus_finaliser
 
@@ -80,15 +81,37 @@ def test_what_was_damaged_before_the_end_is_made_again(
     path = {
         "record": output / "tasks/000003.json",
         "tails": output / "tasks/000003.tails.npz",
-        "shard": next((output / "train").glob("*/shard-000003-000.tar")),
-    }[damage]
-    if damage == "shard":
+    }.get(damage, next((output / "train").glob("*/shard-000003-000.tar")))
+    if damage == "missing shard":
         path.unlink()
     else:
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
+        flip(path)
     assert content(run(corpus[0], model, output)) == content(shards)
+    told = f"{path.relative_to(output)} is damaged: task 3 runs again"
+    assert (told in capsys.readouterr().err) == (damage == "shard")
+
+
+@pytest.mark.parametrize("kind", ["tails.npz", "rejects.jsonl"])
+def test_what_is_damaged_under_the_command_is_not_used(
+    corpus, model, shards, tmp_path, monkeypatch, kind
+):
+    from tools import corpus_finaliser
+
+    def damaged_meanwhile(records, rate):
+        flip(min(tmp_path.glob(f"out/tasks/*.{kind}")))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_finaliser, "check_rejects", damaged_meanwhile)
+        with pytest.raises(UserError, match=rf"tasks/\d+\.{kind} is damaged; give the same"):
+            run(corpus[0], model, tmp_path / "out")
+    assert content(run(corpus[0], model, tmp_path / "out")) == content(shards)
+
+
+def flip(path):
+    """One bit in the middle of a file, which keeps its size."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
 
 
 def test_a_finished_output_is_left_alone(corpus, model, shards, capsys):
