@@ -10,11 +10,9 @@ fire splits the command line but interprets nothing (`SetParseFn(str)`): left al
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import inspect
-import math
 import os
 import sys
 import textwrap
@@ -23,6 +21,8 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pipeline.conversion import convert, is_mapping
 
 T = TypeVar("T")
 _REQUIRED = dataclasses.MISSING
@@ -75,7 +75,7 @@ def load(cls: type[T], values: Mapping[str, object], *, source: str = "flags") -
     nested: dict[str, object] = {}
     for key, value in values.items():
         head, _, rest = key.partition(".")
-        if rest and head in fields and _is_mapping(hints[head]):
+        if rest and head in fields and is_mapping(hints[head]):
             inner = nested.setdefault(head, {})
             if isinstance(inner, dict):
                 inner[rest] = value
@@ -99,15 +99,15 @@ def load(cls: type[T], values: Mapping[str, object], *, source: str = "flags") -
             minimum = field.metadata.get("minimum")
             value = arguments[name]
             if value == "" and field.metadata.get("metavar") in PLACES:
-                raise UserError("empty; give a path")
+                raise ValueError("empty; give a path")
             if (
                 minimum is not None
                 and isinstance(value, (int, float))
                 and not isinstance(value, bool)
                 and not value >= minimum
             ):
-                raise UserError(f"too small; give at least {minimum}")
-        except UserError as error:
+                raise ValueError(f"too small; give at least {minimum}")
+        except ValueError as error:
             problems.append(f"{name}={nested[name]!r}: {error}")
     if not problems:
         made = cls(**arguments)
@@ -116,88 +116,6 @@ def load(cls: type[T], values: Mapping[str, object], *, source: str = "flags") -
         if not problems:
             return made
     raise UserError("; ".join(problems))
-
-
-def _is_mapping(hint: Any) -> bool:
-    return (get_origin(hint) or hint) in (dict, Mapping)
-
-
-def convert(value: object, hint: Any) -> Any:
-    """`value` as the type `hint`, without guessing.
-
-    Text (from a flag) is parsed; typed values (from YAML) are checked. Raises UserError.
-    """
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
-            if type(None) in arguments:
-                return None
-        else:
-            arguments = tuple(a for a in arguments if a is not type(None))
-        errors = []
-        for candidate in arguments:
-            try:
-                return convert(value, candidate)
-            except UserError as error:
-                errors.append(str(error))
-        raise UserError(errors[-1])
-    if origin is Literal:
-        if value in arguments:
-            return value
-        choices = ", ".join(str(a) for a in arguments)
-        raise UserError(f"not one of the choices; give one of: {choices}")
-    if origin in (tuple, list):
-        parts = value.split(",") if isinstance(value, str) else value
-        if not isinstance(parts, (list, tuple)):
-            raise UserError("not a list; give values separated by commas")
-        return (tuple if origin is tuple else list)(convert(part, arguments[0]) for part in parts)
-    if _is_mapping(hint):
-        if isinstance(value, str):
-            pairs = [part.partition("=") for part in value.split(",") if part]
-            if not all(separator for _, separator, _ in pairs):
-                raise UserError("not a mapping; give name=value,name=value")
-            value = {key: text for key, _, text in pairs}
-        if not isinstance(value, Mapping):
-            raise UserError("not a mapping; give name: value pairs")
-        inner = arguments[1] if arguments else Any
-        return {str(key): convert(item, inner) for key, item in value.items()}
-    return _convert_scalar(value, hint)
-
-
-def _convert_scalar(value: object, hint: Any) -> Any:
-    if hint is bool:
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, str) and value.lower() in ("true", "false"):
-            return value.lower() == "true"
-        raise UserError("not a truth value; give true or false")
-    if hint is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                return int(value)
-        raise UserError("not a whole number; give one such as 4096")
-    if hint is float:
-        number = None
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            number = float(value)
-        if isinstance(value, str):
-            # YAML 1.1 reads 1e-3 as text, so text is parsed here from wherever it came.
-            with contextlib.suppress(ValueError):
-                number = float(value)
-        if number is None:
-            raise UserError("not a number; give one such as 0.001")
-        if not math.isfinite(number):
-            raise UserError("not finite; give a number such as 0.001")
-        return number
-    if hint is str:
-        if isinstance(value, str):
-            return value
-        raise UserError("not text; put it in quotes")
-    raise TypeError(f"option type {hint!r} is not supported")
 
 
 def parse_command_line(cls: type[T], argv: Sequence[str], prog: str) -> T:
@@ -299,7 +217,7 @@ def _metavar(field: dataclasses.Field[Any], hints: Mapping[str, Any]) -> str:
         hint = next(a for a in get_args(hint) if a is not type(None))
     if get_origin(hint) is Literal:
         return "|".join(str(a) for a in get_args(hint))
-    if _is_mapping(hint):
+    if is_mapping(hint):
         return "NAME=VALUE,…"
     return {int: "N", float: "X", bool: "true|false"}.get(hint, "TEXT")
 

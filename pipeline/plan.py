@@ -19,10 +19,11 @@ from models.flops import parameters
 from pipeline.config import RunConfig
 from pipeline.config_checks import batch_problems
 from pipeline.config_file import load_with_file
+from pipeline.conversion import convert
 from pipeline.data.manifest import Manifest, check_folder, read_manifest
 from pipeline.deepspeed_file import read_deepspeed_file, run_problems
 from pipeline.optim import recipe
-from pipeline.options import UserError, convert
+from pipeline.options import UserError
 from pipeline.run_folder import RunFolder
 
 # What a run may change when it goes on: nothing that moves a loss, but micro_batch where a step
@@ -147,7 +148,7 @@ def convert_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"model.{key}={value!r}: not a field of the model; {remedy}")
         try:
             converted[key] = convert(value, hints[key])
-        except UserError as error:
+        except ValueError as error:
             raise UserError(f"model.{key}={value!r}: {error}") from error
     return converted
 
