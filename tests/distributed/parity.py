@@ -1,10 +1,8 @@
-"""The same training twice: under the trainer on ranks, and in one process of plain PyTorch."""
+"""Training nano models under the trainer on ranks, to be compared with plain PyTorch."""
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +11,11 @@ from tests.distributed.harness import run_ranks
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from pipeline.config import RunConfig
 
 BATCH, SEQ_LEN, VOCAB_SIZE, PEAK, CLIP, Z_LOSS = 12, 16, 512, 0.01, 1.0, 1e-4
-# Of each step: "loss", "norm" of the gradient, and the loss of each source.
+# Of each step: "loss", "norm" of the gradient, "z" (mean squared log-normaliser), loss by source.
 Curve = list[dict[str, float]]
 
 
@@ -142,7 +139,8 @@ def _train(case: Case, config: RunConfig, world: Any) -> Curve:
 
     class Watch(Callback):
         def on_step(self, trainer: Trainer, record: StepRecord) -> None:
-            found.append({"loss": record.loss, "norm": record.grad_norm, **record.loss_by_source})
+            found.append({"loss": record.loss, "norm": record.grad_norm, "z": record.z_loss})
+            found[-1] |= record.loss_by_source
 
     order, _ = open_data(config)
     info = order.store.manifest.tokenizer
@@ -191,112 +189,6 @@ class _Masked:
         return replace(share, micro_batches=masked, target_tokens=targets)
 
 
-def plain(
-    case: Case,
-    shards: Path,
-    steps: int,
-    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
-) -> Curve:
-    """The case in one process of plain PyTorch: no engine, no source, no trainer."""
-    import numpy as np
-    import torch
-
-    from models.batch import Batch
-    from models.config import named
-    from models.registry import build
-    from pipeline.data.loader import SequenceStore, TrainingOrder
-
-    torch.manual_seed(0)
-    choices = {"max_seq_len": SEQ_LEN, **dict(case.model)}
-    sampled = choices.pop("entp_sampled_prefixes", 0)  # drawn here instead
-    model = build(named(case.arch, "nano", vocab_size=VOCAB_SIZE, **choices))
-    masters = _Masters(model, make_optimizer or adamw, case)
-    order = TrainingOrder(SequenceStore(shards, "train", SEQ_LEN), seed=0)
-    bos = order.store.manifest.tokenizer.special_ids["bos"]
-    found = []
-    for step in range(steps):
-        places = range(step * BATCH, (step + 1) * BATCH)
-        x = torch.from_numpy(order.batch(step * BATCH, BATCH).ids.astype("int64"))
-        encoder, targets = (x[:, :8], x[:, 8:]) if case.arch == "redllm" else (None, x)
-        inputs = torch.cat([torch.full((BATCH, 1), bos), targets[:, :-1]], 1)
-        mask = torch.ones_like(targets, dtype=torch.bool)
-        if case.mask_seed is not None:
-            width = targets.shape[1]
-            mask = torch.stack([random_mask(case.mask_seed, place, width) for place in places])
-        scored = int(mask.sum())
-        if sampled:
-            mask = drawn(case, step, sampled)
-        share = scored / int(mask.sum())  # what a scored target of the sample stands for
-        # The peak at step 0, then the half cosine to a tenth at the last step.
-        warmth = (1 + math.cos(math.pi * step / (steps - 1))) / 2
-        for group in masters.optimizer.param_groups:
-            group["lr"] = PEAK * (0.1 + 0.9 * warmth) * group.get("lr_scale", 1.0)
-        batch = Batch(inputs, targets, mask, encoder_ids=encoder)
-        sources = torch.from_numpy(order.locate(np.array(places))[0])
-        by_row = model.token_nll(batch).sum(1)
-        terms = model(batch, Z_LOSS)
-        (share * terms.objective / scored).backward()
-        norm = masters.step()
-        found.append({"loss": share * float(terms.nll) / scored, "norm": float(norm)})
-        for index, name in enumerate(order.mixture.sources):
-            targets_of = share * int(mask[sources == index].sum())
-            if targets_of:
-                found[-1][name] = share * float(by_row[sources == index].sum()) / targets_of
-    return found
-
-
-def drawn(case: Case, step: int, sampled: int) -> torch.Tensor:
-    """Which targets 2 ranks draw at `step`, [BATCH, SEQ_LEN] bool: every group of rows that one
-    chunk holds has a draw of its own, from the rank's seed."""
-    import torch
-
-    rows = min(case.micro_batch, case.entp_chunk_pairs // (sampled * SEQ_LEN))
-    mask = torch.zeros(BATCH, SEQ_LEN, dtype=torch.bool)
-    for low in range(0, BATCH, rows):
-        if low % (BATCH // 2) == 0:
-            torch.manual_seed(hash((0, step, low // (BATCH // 2))) % 2**63)
-        offset = float(torch.rand((), dtype=torch.float64))
-        places = [int((i + offset) * SEQ_LEN / sampled) for i in range(sampled)]
-        mask[low : low + rows, places] = True
-    return mask
-
-
-class _Masters:
-    """fp32 parameters that an optimizer moves, and the model, in fp32 or bf16, that follows."""
-
-    def __init__(self, model: nn.Module, make_optimizer: Any, case: Case) -> None:
-        if case.precision == "bf16":
-            model.bfloat16()
-        self._model, self._clip = model, case.grad_clip or math.inf
-        self._fp32 = copy.deepcopy(model).float() if case.precision == "bf16" else model
-        self.optimizer: torch.optim.Optimizer = make_optimizer(self._fp32)
-
-    def step(self) -> torch.Tensor:
-        """Clip and apply the model's gradients; their norm."""
-        import torch
-
-        pairs = list(zip(self._fp32.parameters(), self._model.parameters(), strict=True))
-        for master, parameter in pairs:
-            master.grad = None if parameter.grad is None else parameter.grad.float()
-        norm = torch.nn.utils.clip_grad_norm_(self._fp32.parameters(), self._clip)
-        self.optimizer.step()
-        with torch.no_grad():
-            for master, parameter in pairs:
-                parameter.copy_(master)
-        self._model.zero_grad()
-        return norm
-
-
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """The run's AdamW, over whole parameters."""
-    import torch
-
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
-
-
 def largest_difference(ours: Curve, theirs: Curve) -> float:
     """The largest relative difference of any loss or norm."""
     differences = []
@@ -304,3 +196,13 @@ def largest_difference(ours: Curve, theirs: Curve) -> float:
         assert one.keys() == other.keys()
         differences += [abs(one[key] - other[key]) / abs(other[key]) for key in other]
     return max(differences)
+
+
+def losses(curve: Curve) -> Curve:
+    """Losses alone: DeepSpeed takes norms of Muon's updates, not of its gradients."""
+    return [{"loss": step["loss"]} for step in curve]
+
+
+def too_large(found: dict[str, float], tolerance: float) -> dict[str, float]:
+    """Of `found`, what is not below `tolerance`."""
+    return {name: value for name, value in found.items() if not value < tolerance}

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from tests.distributed.parity import Case
 from tests.pipeline.optim.plain_adafactor import PlainAdafactor, Rule
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """The run's AdamW, over whole parameters."""
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
 
 class Together(torch.optim.Optimizer):
@@ -39,8 +50,6 @@ class Plain(torch.optim.Optimizer):
 
 def adafactor(model: nn.Module, rule: Rule) -> torch.optim.Optimizer:
     """Adafactor; matrices alone decay."""
-    from dataclasses import replace
-
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     return Together(Plain(matrices, rule), Plain(vectors, replace(rule, weight_decay=0.0)))
@@ -89,3 +98,35 @@ def muon(model: nn.Module, kind: str, adam_scale: float) -> torch.optim.Optimize
     if kind == "torch":
         return Together(torch.optim.Muon(hidden, weight_decay=0.1, momentum=0.95), adam)
     return Together(PlainMuon(hidden, 0.1), adam)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to step.
+
+    Attributes:
+        run: what the run says.
+        make: the same over whole parameters.
+    """
+
+    optimizer: str
+    run: tuple[tuple[str, Any], ...]
+    make: Callable[[nn.Module], torch.optim.Optimizer]
+
+    def case(self, arch: str, stage: int = 3, **changes: Any) -> Case:
+        """A case that steps so."""
+        return Case(arch, stage, self.optimizer, run=self.run, **changes)
+
+
+DECAY: tuple[tuple[str, Any], ...] = (("weight_decay", 0.1),)
+FACTORED = (("factored", True), ("min_dim_size_to_factor", 32), ("beta1", 0.5), *DECAY)
+# Muon's auxiliary AdamW at half the peak.
+SLOW_ADAM: tuple[tuple[str, Any], ...] = (("adam_lr", 0.005),)
+WHOLE_RULE = Rule(weight_decay=0.1)
+FACTORED_RULE = replace(WHOLE_RULE, factored=True, min_dim_size_to_factor=32, beta1=0.5)
+RECIPES = {
+    "adamw": Recipe("adamw", (), adamw),
+    "adafactor": Recipe("adafactor", DECAY, lambda model: adafactor(model, WHOLE_RULE)),
+    "factored": Recipe("adafactor", FACTORED, lambda model: adafactor(model, FACTORED_RULE)),
+    "muon": Recipe("muon", SLOW_ADAM, lambda model: muon(model, "plain", 0.5)),
+}

@@ -13,7 +13,8 @@ import torch
 
 from tests.distributed.entry import flags, losses, records, run_entry
 from tests.distributed.harness import run_ranks
-from tests.distributed.parity import Case, plain
+from tests.distributed.parity import Case
+from tests.distributed.plain_training import plain
 from tools.frontier.run_folder import read_run
 
 pytestmark = pytest.mark.distributed
