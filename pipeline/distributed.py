@@ -8,6 +8,7 @@ rank takes its share of the cores, and DeepSpeed's own chatter is silenced while
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import warnings
@@ -58,13 +59,15 @@ def start(*, timeout_seconds: int, threads: int) -> World:
     import deepspeed
 
     _quieten()
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # None of its ops is asked for here; else it would try them all out with a compiler.
+    deepspeed.ops.__compatible_ops__ = {}
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
+        import_muon_as_written()
     timeout = timedelta(seconds=timeout_seconds)
     # DeepSpeed makes groups of its own, ZeRO's among them, and gives them no time-out: torch's
     # default is half an hour.
@@ -73,7 +76,27 @@ def start(*, timeout_seconds: int, threads: int) -> World:
     deepspeed.init_distributed(
         dist_backend="nccl" if gpu else "gloo", timeout=timeout, verbose=False
     )
+    # What is imported stays: collections need not look at it, DeepSpeed's own among them, which it
+    # makes in building an engine.
+    gc.freeze()
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def import_muon_as_written() -> None:
+    """Import DeepSpeed's Muon without compiling its kernels, which a CPU gains nothing from.
+
+    DeepSpeed 0.19.8 asks of every optimizer whether it is its Muon. That import alone would load
+    torch.compile's whole compiler, some three seconds of a rank's start; the first step of a Muon
+    would take a C++ compiler and half a minute a shape.
+    """
+    from deepspeed.runtime import compiler
+
+    compile = compiler.compile
+    compiler.compile = lambda *_, **__: lambda kernel: kernel
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = compile
 
 
 def keep_freed_memory() -> None:

@@ -16,9 +16,6 @@ from torch import nn
 from models.layers import TiedEmbedding
 from pipeline.config import RunConfig
 
-# Its kernels in DeepSpeed 0.19.8, each wrapped in torch.compile.
-KERNELS = ("muon_update", "zeropower_via_newtonschulz5", "zeropower_via_gram_newtonschulz")
-
 
 def hidden_matrices(model: nn.Module) -> set[int]:
     """The ids of the parameters that Muon is for: matrices that are no embedding, nor the head."""
@@ -40,8 +37,6 @@ def build_muon(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     """Muon for hidden matrices, AdamW for the rest, tagged as DeepSpeed's ZeRO reads them."""
     from deepspeed.runtime.zero.muon import muon_optimizer
 
-    if not torch.cuda.is_available():
-        _run_kernels_as_written()
     hidden = hidden_matrices(model)
     parts: dict[str, list[nn.Parameter]] = {"hidden": [], "matrices": [], "vectors": []}
     for parameter in model.parameters():
@@ -107,15 +102,3 @@ def bind_muon(engine: Any) -> None:
         return [gradient.float() for gradient in as_reduced(parameters, dtype)]
 
     zero.get_all_grad_tensors = in_fp32
-
-
-def _run_kernels_as_written() -> None:
-    """Leave torch.compile out: on a CPU it takes a C++ compiler and half a minute a shape."""
-    from deepspeed.runtime.zero.muon import muon_optimizer, original_muon
-
-    for module in (original_muon, muon_optimizer):
-        for name in KERNELS:
-            kernel = getattr(module, name, None)
-            written = getattr(kernel, "_torchdynamo_orig_callable", None)
-            if written is not None:
-                setattr(module, name, written)

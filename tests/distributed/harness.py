@@ -17,13 +17,7 @@ from typing import Any
 
 from pipeline.network import free_port
 
-PRELOAD = [
-    "torch",
-    "torch._dynamo",
-    "torch.distributed.checkpoint",
-    "deepspeed",
-    "pipeline.assemble",
-]
+PRELOAD = ["tests.distributed.preload"]
 
 
 def run_ranks(
