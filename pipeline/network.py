@@ -84,3 +84,15 @@ def choose_interfaces(environ: MutableMapping[str, str]) -> str | None:
         # NCCL takes a name for a prefix unless told that it is whole.
         environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
     return name
+
+
+def is_free(port: int) -> bool:
+    """Whether a server on all interfaces could listen on this TCP port now."""
+    with socket.socket() as probe:
+        # As servers do, so that connections which are still closing are no hindrance.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True

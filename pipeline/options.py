@@ -41,6 +41,7 @@ def option(
     default_factory: Any = _REQUIRED,
     metavar: str = "",
     positional: bool = False,
+    after_dashes: bool = False,
     minimum: float | None = None,
 ) -> Any:
     """A dataclass field with what `--help` and the checks need.
@@ -50,9 +51,16 @@ def option(
         default: value when the flag is absent; without it the flag is required.
         metavar: what stands for the value in the help, such as FILE.
         positional: also taken by position on the command line.
+        after_dashes: taken from all the words behind a `--`, as they stand.
         minimum: smallest value a number may have.
     """
-    metadata = {"help": help, "metavar": metavar, "positional": positional, "minimum": minimum}
+    metadata = {
+        "help": help,
+        "metavar": metavar,
+        "positional": positional,
+        "after_dashes": after_dashes,
+        "minimum": minimum,
+    }
     if default_factory is not _REQUIRED:
         return dataclasses.field(default_factory=default_factory, metadata=metadata)
     if default is not _REQUIRED:
@@ -123,11 +131,18 @@ def parse_command_line(cls: type[T], argv: Sequence[str], prog: str) -> T:
 
     `--help` prints what `cls` takes and exits with 0. Raises UserError for every mistake at once.
     """
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    behind = next((f.name for f in fields if f.metadata.get("after_dashes")), None)
+    words_behind: Sequence[str] = ()
+    if behind is not None and "--" in argv:
+        argv, words_behind = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     if any(word in ("--help", "-h") for word in argv):
         print(help_text(cls, prog))
         sys.exit(0)
     values = split_flags(argv)
-    positional = [f.name for f in dataclasses.fields(cls) if f.metadata.get("positional")]  # type: ignore[arg-type]
+    if behind is not None:
+        values[behind] = words_behind
+    positional = [f.name for f in fields if f.metadata.get("positional")]
     words = values.pop("", [])
     if len(words) > len(positional):
         extra = words[len(positional) :]
@@ -191,6 +206,8 @@ def help_text(cls: type, prog: str) -> str:
     """The help page of the command `prog` that takes `cls`."""
     hints = typing.get_type_hints(cls)
     fields = [field for field in dataclasses.fields(cls) if field.init]
+    behind = [field for field in fields if field.metadata.get("after_dashes")]
+    fields = [field for field in fields if field not in behind]
     usage = [prog]
     for field in fields:
         if field.metadata.get("positional"):
@@ -198,6 +215,7 @@ def help_text(cls: type, prog: str) -> str:
         elif field.default is _REQUIRED and field.default_factory is _REQUIRED:
             usage.append(f"--{field.name} {_metavar(field, hints)}")
     usage.append("[--option VALUE …]")
+    usage += [f"-- {_metavar(field, hints)}" for field in behind]
     lines = ["usage: " + " ".join(usage), "", inspect.cleandoc(cls.__doc__ or ""), "", "options:"]
     for field in fields:
         lines.append(f"  --{field.name} {_metavar(field, hints)}")

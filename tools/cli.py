@@ -16,6 +16,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "flan": ("tools.flan", "instruction rows to shards of input and target tokens"),
     "inspect": ("tools.inspect_shards", "what a shard folder holds"),
     "audit": ("tools.audit", "prove every byte, count and id of a shard folder"),
+    "supervise": ("tools.supervise.command", "a run that is started again after a crash"),
+    "stop": ("tools.stop", "ask a run to save its state and leave"),
     "verify": ("tools.verify", "prove from its ledger which samples a run saw"),
     "flops": ("tools.flops", "parameters and FLOPs of an architecture and size"),
     "export": ("tools.export.command", "a run's weights for other programs"),
