@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.config import RunConfig
 from pipeline.config_checks import cut
 from pipeline.config_file import program_help
+from pipeline.guards.attempt import Guards, guarded
 from pipeline.options import UserError
 from pipeline.plan import (
     Plan,
@@ -41,7 +42,8 @@ def run_stage(stage: Stage) -> None:
         if main_rank:
             print(f"{plan.config.name}: finished before; nothing to do", flush=True)
         return
-    _train(stage, plan)
+    with guarded(plan.config, plan.folder) as guards:
+        _train(stage, plan, guards)
 
 
 def make_engine(config: RunConfig, vocab_size: int, ds_settings: dict[str, Any]) -> Any:
@@ -80,7 +82,7 @@ def compile_settings(config: RunConfig) -> dict[str, Any]:
     return {} if varies else {"dynamic": False}
 
 
-def _train(stage: Stage, plan: Plan) -> None:
+def _train(stage: Stage, plan: Plan, guards: Guards) -> None:
     config, folder = plan.config, plan.folder
     # torch and deepspeed take seconds to import: only now, when nothing is left to be refused.
     from pipeline import checkpoint, distributed
@@ -93,11 +95,14 @@ def _train(stage: Stage, plan: Plan) -> None:
     from pipeline.trainer import Totals, Trainer
 
     world = distributed.start(timeout_seconds=config.collective_timeout, threads=config.threads)
+    guards.meet()
     tokenizer = load_tokenizer(config.data_folder / "tokenizer.model")
     source, evalsets = stage.prepare(config, plan.model, tokenizer, world)
     if config.prefetch:
         source = Prefetched(source, config.steps, pinned=world.device.type == "cuda")
+    guards.heart.begin("start")
     engine = make_engine(config, plan.model.vocab_size, plan.ds_settings)
+    guards.heart.begin("start")
     if world.is_main:
         folder.cut_torn_lines()
     found = checkpoint.newest_good(folder.checkpoints, world, restart=config.restart)
@@ -168,7 +173,9 @@ def _train(stage: Stage, plan: Plan) -> None:
         totals=Totals(**state["totals"]),
         attempt=before + 1,
         skipped_in_a_row=state.get("skipped_in_a_row", 0),
+        heart=guards.heart,
     )
+    guards.on_orphaned(trainer.ask_stop)
     with contextlib.closing(source) if config.prefetch else contextlib.nullcontext():
         finished = trainer.run()
     if problem := distributed.same_everywhere(folder.write_held() if world.is_main else ""):

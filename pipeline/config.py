@@ -181,6 +181,13 @@ class RunConfig:
 
     threads: int = option("CPU threads of a rank (0: its share of the cores)", 0, minimum=0)
     collective_timeout: int = option("seconds before a stuck collective fails", 600, minimum=1)
+    stall_timeout: float = option(
+        "seconds that a rank may stay in one phase of a step before the run ends and names it (0: "
+        "no limit); six times that, and at least a minute, for the start, a save and a first step, "
+        "which may compile; give less than collective_timeout, which names nobody",
+        300.0,
+        minimum=0.0,
+    )
 
     def __post_init__(self) -> None:
         """Give what depends on the optimizer its value."""

@@ -31,7 +31,25 @@ PLACES = ("DIR", "FILE", "GLOB")
 
 
 class UserError(ValueError):
-    """A mistake of the user's: shown as one line naming field, value and remedy; exit code 2."""
+    """A mistake of the user's: shown as one line naming field, value and remedy; exit code 2.
+
+    Attributes:
+        exit_code: of the process that it ends.
+        told_by: the rank that tells it; every rank has found it.
+    """
+
+    exit_code = 2
+    told_by = 0
+
+
+class Fault(UserError):
+    """Nobody's mistake (a rank that died, a port that is taken): another start may succeed."""
+
+    exit_code = 1
+
+    def __init__(self, text: str, *, told_by: int = 0) -> None:
+        super().__init__(text)
+        self.told_by = told_by
 
 
 def option(
@@ -243,18 +261,18 @@ def _metavar(field: dataclasses.Field[Any], hints: Mapping[str, Any]) -> str:
 def run_as_program(main: Callable[[], None]) -> None:
     """Run `main`; a user's mistake becomes one line on stderr and exit code 2.
 
-    Under a launcher most mistakes are found by every rank and rank 0 tells them. Another rank
-    speaks only when it is still there a while later: what it found, it alone has found.
+    Under a launcher most mistakes are found by every rank and one of them, rank 0, tells them.
+    Another speaks only when it is still there a while later: what it found, it alone has found.
     """
     rank = os.environ.get("RANK", "0")
     try:
         main()
     except UserError as error:
-        if rank != "0":
+        if rank != str(error.told_by):
             time.sleep(OTHER_RANKS_WAIT)
         speaker = "" if rank == "0" else f"rank {rank}: "
         print(f"{speaker}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

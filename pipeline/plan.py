@@ -50,6 +50,7 @@ CHANGEABLE = frozenset(
         "max_skipped_steps",
         "threads",
         "collective_timeout",
+        "stall_timeout",
     }
 )
 C = TypeVar("C")

@@ -41,6 +41,10 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def heartbeats(self) -> Path:
+        return self.path / "heartbeat"
+
+    @property
     def finished_file(self) -> Path:
         return self.path / "FINISHED"
 

@@ -6,7 +6,6 @@ import dataclasses
 import signal
 import time
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -16,12 +15,16 @@ from pipeline.callbacks.base import Callback, StepRecord, StopRun
 from pipeline.config import RunConfig
 from pipeline.config_checks import cut
 from pipeline.distributed import World, all_agree, sum_over_ranks
+from pipeline.guards.heartbeat import Heart
 from pipeline.optim.schedule import Schedule
 from pipeline.options import UserError
 from pipeline.run_folder import RunFolder
 from pipeline.sources import Share, Source
 from pipeline.step_sums import StepSums
 from pipeline.stopwatch import Stopwatch
+
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @dataclasses.dataclass
@@ -66,6 +69,7 @@ class Trainer:
         totals: Totals | None = None,
         attempt: int = 1,
         skipped_in_a_row: int = 0,
+        heart: Heart | None = None,
     ) -> None:
         self.config = config
         self.world = world
@@ -74,6 +78,8 @@ class Trainer:
         self.step = step
         self.totals = totals or Totals()
         self.attempt = attempt
+        self.heart = heart or Heart()
+        self.heart.attempt = attempt
         self._source = source
         self._callbacks = callbacks
         self.beside: dict[str, float] = {}  # seconds spent in each callback, until someone takes it
@@ -84,8 +90,10 @@ class Trainer:
     def run(self) -> bool:
         """Train to the last step; False when the run was stopped before (its state is saved)."""
         previous = {
-            number: signal.signal(number, self._ask_stop)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+            number: signal.signal(number, lambda *_: self.ask_stop())
+            for number in STOP_SIGNALS
+            # nohup has a run ignore that its terminal is gone.
+            if signal.getsignal(number) != signal.SIG_IGN
         }
         try:
             return self._run()
@@ -131,6 +139,8 @@ class Trainer:
         """Call one method of every callback, in their order."""
         for callback in self._callbacks:
             began, name = time.perf_counter(), type(callback).__name__
+            if callback.phase:
+                self.heart.begin(callback.phase)
             getattr(callback, moment)(self, *details)
             self.beside[name] = self.beside.get(name, 0.0) + time.perf_counter() - began
 
@@ -139,7 +149,8 @@ class Trainer:
         if self.world.is_main:
             print(f"{self.config.name}: {text}", flush=True)
 
-    def _ask_stop(self, number: int, frame: FrameType | None) -> None:
+    def ask_stop(self) -> None:
+        """Vote to save and leave; from any thread, or a signal's handler."""
         # Only a flag: the ranks must agree on the step they stop at.
         self._stop_asked = True
 
@@ -148,11 +159,14 @@ class Trainer:
         started = time.perf_counter()
         config, world, engine, clock = self.config, self.world, self.engine, self._clock
         clock.start()
+        self.heart.begin_step(self.step, "data")
         share = self._source.share(self.step, world.rank, world.size)
         clock.lap("data")
+        self.heart.begin("vote")
         counts = self._sum_counts(share)
         if counts.stop:
             raise StopRun
+        self.heart.begin("forward")
         rate = Schedule.of(config)(self.step)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
@@ -160,6 +174,7 @@ class Trainer:
         # resume needs no generator state, and draws anew where these are others (`plan.redrawn`).
         torch.manual_seed(hash((config.seed, self.step, world.rank)) % 2**63)
         sums = self._backward(share, counts.target_tokens)
+        self.heart.begin("step")
         outcome = deepspeed_engine.step(engine)
         summed = sums.over_ranks(share.flops)
         clock.lap("step")
@@ -201,10 +216,12 @@ class Trainer:
             batch = batch.to(self.world.device)
             for terms in self.engine.module.loss_chunks(batch, self.config.z_loss):
                 clock.lap("forward")
+                self.heart.begin("backward")
                 is_finite = (terms.objective.detach() + terms.nll) * 0 + 1  # 1, or else NaN
                 deepspeed_engine.backward(self.engine, terms.objective * is_finite * scale)
                 sums.add(terms)
                 clock.lap("backward")
+                self.heart.begin("forward")
             rows = len(batch.targets)
             sums.end_micro_batch(share.row_sources[row : row + rows], batch.loss_mask)
             row += rows

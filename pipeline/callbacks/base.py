@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from pipeline.evaluation.perplexity import EvalResult
@@ -35,7 +35,13 @@ class StopRun(Exception):
 
 
 class Callback:
-    """Called on every rank in the same order; only rank 0 should write."""
+    """Called on every rank in the same order; only rank 0 should write.
+
+    Attributes:
+        phase: what the rank's heartbeat says while this one is at work; "" leaves it.
+    """
+
+    phase: ClassVar[str] = ""
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step of this attempt."""

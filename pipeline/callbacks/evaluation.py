@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 class Evaluation(Callback):
     """Scores every evaluation set each `eval_every` steps and at the end."""
 
+    phase = "evaluate"
+
     def __init__(
         self,
         sets: Sequence[EvalSet],
@@ -52,7 +54,11 @@ class Evaluation(Callback):
             if not final and (trainer.step, evalset.name) in self._evaluated:
                 continue
             result = evaluate(
-                trainer.engine.module, evalset, trainer.world, trainer.ranks_agree_to_stop
+                trainer.engine.module,
+                evalset,
+                trainer.world,
+                trainer.ranks_agree_to_stop,
+                between=lambda: trainer.heart.begin(self.phase),
             )
             trainer.notify("on_evaluation", result, final)
             trainer.say(

@@ -31,6 +31,8 @@ class Saving(Callback):
     `eval_set`, so choose `eval_every` a multiple of `checkpoint_every`.
     """
 
+    phase = "save"
+
     def __init__(self, identity: Mapping[str, Any], eval_set: str) -> None:
         """`identity` is stored with each checkpoint; see plan.identity."""
         self._identity = dict(identity)

@@ -1,0 +1,80 @@
+"""What watches over one attempt at a run, from its first line to the process's end."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from pipeline.config import RunConfig
+from pipeline.guards.causes import cause_of
+from pipeline.guards.heartbeat import Heart
+from pipeline.guards.launcher import Launcher, outlive_readers
+from pipeline.guards.watchdog import FAULT, Watchdog
+from pipeline.options import UserError
+from pipeline.run_folder import RunFolder
+
+
+class Guards:
+    """The heartbeat of this rank and those who look at it.
+
+    Attributes:
+        heart: beats from the start, into the run folder once the ranks have met.
+    """
+
+    def __init__(self, config: RunConfig, folder: RunFolder) -> None:
+        rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        self.heart = Heart(int(rank), int(world_size))
+        self._folder = folder
+        self._launcher = Launcher()
+        self._vote: Callable[[], None] | None = None
+        self._is_orphan = False
+        self.heart.watch(self._look_for_launcher)
+        self.heart.watch(Watchdog(self.heart, config.stall_timeout).look)
+
+    def meet(self) -> None:
+        """The ranks have met: their heartbeats belong together from here on. A collective."""
+        from pipeline.distributed import same_everywhere
+
+        self.heart.begin("start")
+        self.heart.beat_into(self._folder.heartbeats, same_everywhere(f"{time.time():.6f}"))
+
+    def on_orphaned(self, vote: Callable[[], None]) -> None:
+        """From now on there is something to save: `vote` for it when the launcher is gone."""
+        self._vote = vote
+
+    def _look_for_launcher(self) -> None:
+        if self._is_orphan or not self._launcher.is_gone():
+            return
+        self._is_orphan = True
+        if self._vote is None:
+            # Nothing was trained yet, and the others may never come to meet this rank.
+            print("error: the launcher is gone before the training began", flush=True)
+            os._exit(FAULT)
+        print(f"rank {self.heart.rank}: the launcher is gone; votes to save and leave", flush=True)
+        self._vote()
+
+
+@contextmanager
+def guarded(config: RunConfig, folder: RunFolder) -> Iterator[Guards]:
+    """Watch over what is done inside.
+
+    An error whose cause is known leaves as a UserError, which is one line.
+    """
+    outlive_readers()
+    guards = Guards(config, folder)
+    guards.heart.start()
+    try:
+        yield guards
+    except UserError as error:
+        guards.heart.close(str(error))
+        raise
+    except Exception as error:
+        known = cause_of(error, guards.heart)
+        guards.heart.close(str(known or f"{type(error).__name__}: {error}"))
+        if known is None:
+            raise
+        raise known from error
+    finally:
+        guards.heart.close()

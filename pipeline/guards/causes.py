@@ -1,0 +1,73 @@
+"""From an exception that would be a page of traceback to the one line that says what happened."""
+
+from __future__ import annotations
+
+import time
+
+from pipeline.guards.heartbeat import FAILED, Beat, Heart, is_alive, read_beats
+from pipeline.options import Fault, UserError
+
+# What gloo, NCCL and the store say where the process at the other end is gone or does not answer.
+_BROKEN = (
+    "connection closed",
+    "connection reset",
+    "connection refused",
+    "connection was forcibly closed",
+    "broken pipe",
+    "read error",
+    "timed out waiting",
+    "socket timeout",
+    "nccl",
+    "remote process exited",
+)
+GO_ON = "the same command goes on from the last checkpoint"
+
+
+def cause_of(error: Exception, heart: Heart) -> UserError | None:
+    """What is behind `error`, where that is known; else the traceback says more."""
+    text = str(error).lower()
+    if isinstance(error, RuntimeError) and any(words in text for words in _BROKEN):
+        return _lost(heart)
+    return None
+
+
+def _lost(heart: Heart) -> UserError | None:
+    """The ranks that are gone: seen at once on this host, by their silence on another."""
+    first = _others(heart)
+    gone = [beat for beat in first if beat.phase == FAILED or is_alive(beat) is False]
+    if not gone and any(is_alive(beat) is None for beat in first):
+        time.sleep(2.5 * heart.interval)
+        before = {beat.rank: beat.time for beat in first}
+        later = _others(heart)
+        gone = [b for b in later if b.phase == FAILED or b.time == before.get(b.rank)]
+    if not gone:
+        return None
+    return Fault(lost_sentence(gone), told_by=speaker(gone, heart.world_size))
+
+
+def _others(heart: Heart) -> list[Beat]:
+    if heart.folder is None:
+        return []
+    return [
+        beat
+        for beat in read_beats(heart.folder)
+        if beat.launch == heart.launch and beat.rank != heart.rank
+    ]
+
+
+def lost_sentence(gone: list[Beat]) -> str:
+    """One line that names the ranks that are gone and where they were."""
+    told = [
+        f"{beat.name} failed in step {beat.step + 1}: {beat.error}"
+        if beat.phase == FAILED
+        else f"{beat.name} is gone; it was last seen in {beat.place}"
+        for beat in gone
+    ]
+    return f"{'; '.join(told)}; {GO_ON}"
+
+
+def speaker(gone: list[Beat], world_size: int) -> int:
+    """The rank that tells of it: one that failed tells it itself, else the first that is left."""
+    failed = [beat.rank for beat in gone if beat.phase == FAILED]
+    left = sorted(set(range(world_size)) - {beat.rank for beat in gone})
+    return (failed or left or [0])[0]

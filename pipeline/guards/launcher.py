@@ -1,0 +1,93 @@
+"""The launcher above this rank: when it is gone, nobody would ever end the rank but itself.
+
+DeepSpeed's launch.py ends its ranks when one fails; killed itself, it leaves them as orphans that
+train on unseen. The same where `deepspeed`, which started launch.py, is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Any, TextIO
+
+import psutil
+
+_LAUNCHERS = ("deepspeed.launcher.launch", "deepspeed.launcher.runner")
+
+
+def is_launcher(argv: Sequence[str]) -> bool:
+    """Whether a command line is that of one of DeepSpeed's launchers."""
+    if len(argv) > 1 and PurePath(argv[0]).name in ("sh", "bash", "dash", "zsh"):
+        return False
+    words = argv[:4]
+    return any(word in _LAUNCHERS or PurePath(word).name in ("deepspeed", "ds") for word in words)
+
+
+class Launcher:
+    """The processes that started this rank, seen when it began."""
+
+    def __init__(self) -> None:
+        """Watches nothing where no launcher started this process."""
+        self._parent = os.getppid() if "RANK" in os.environ else 0
+        self._above: list[psutil.Process] = []
+        process = psutil.Process(self._parent) if self._parent > 1 else None
+        while process is not None:
+            try:
+                if not is_launcher(process.cmdline()):
+                    break
+                self._above.append(process)
+                process = process.parent()
+            except psutil.Error:
+                # Another user's, or just gone; the parent itself is looked at without this.
+                break
+
+    def is_gone(self) -> bool:
+        """Whether the parent, or a launcher above it, has ended."""
+        if self._parent and os.getppid() != self._parent:
+            return True
+        return any(_has_ended(process) for process in self._above)
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+class Unheard:
+    """A stream whose reader may be gone: what cannot be written is dropped.
+
+    With the launcher or the terminal goes whoever read the run's lines. That must not keep the run
+    from saving; its folder holds what matters.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """As the stream's."""
+        try:
+            return self._stream.write(text)
+        except OSError:
+            return len(text)
+
+    def flush(self) -> None:
+        """As the stream's."""
+        try:
+            self._stream.flush()
+        except OSError:
+            return
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlive_readers() -> None:
+    """Let this process print on where nobody reads any more."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, Unheard):
+            setattr(sys, name, Unheard(stream))
