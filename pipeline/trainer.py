@@ -23,7 +23,6 @@ from pipeline.sources import Share, Source
 from pipeline.step_sums import StepSums
 from pipeline.stopwatch import Stopwatch
 
-
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 

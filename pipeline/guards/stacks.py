@@ -13,7 +13,8 @@ from pathlib import Path
 from types import FrameType
 
 OUR_CODE = Path(__file__).resolve().parent.parent.parent
-COLLECTIVES = f"{os.sep}torch{os.sep}distributed{os.sep}"
+TORCH_COLLECTIVES = f"{os.sep}torch{os.sep}distributed{os.sep}"
+DEEPSPEED = f"{os.sep}deepspeed{os.sep}"
 
 
 def dump_own_stack(file: Path) -> None:
@@ -41,8 +42,13 @@ def is_in_collective() -> bool:
 
     A GPU's collectives are waited for elsewhere, and do not show.
     """
-    files = (frame.f_code.co_filename for frame in _main_frames())
-    return any(COLLECTIVES in name for name in files)
+    codes = [frame.f_code for frame in _main_frames()]
+    # DeepSpeed waits for what it began earlier in methods of that name.
+    return any(
+        TORCH_COLLECTIVES in code.co_filename
+        or (code.co_name == "wait" and DEEPSPEED in code.co_filename)
+        for code in codes
+    )
 
 
 def _main_frames() -> Iterator[FrameType]:
