@@ -13,6 +13,7 @@ from pipeline.options import UserError, option
 
 if TYPE_CHECKING:
     from pipeline.data.manifest import Manifest
+    from tools.audit_place import Place
     from tools.audit_shard import Expected, Result
 
 _REJECTS = "rejects.jsonl"
@@ -29,49 +30,52 @@ class Options:
     was found, 1 when something was, 2 for a mistake in the command.
     """
 
-    dir: str = option("a finished shard or FLAN folder", positional=True, metavar="DIR")
+    dir: str = option("a finished shard or FLAN folder, or its URL", positional=True, metavar="DIR")
     workers: int = option("processes (0: one for each core)", 0, minimum=0)
     decode: int = option("samples of each shard whose text is decoded", 2, minimum=0)
 
 
 def run(options: Options) -> None:
     """Audit the folder; exits with 1 where something was found."""
-    from pipeline.data.manifest import FILE_NAME
-
-    folder = Path(options.dir)
-    if not (folder / FILE_NAME).is_file():
-        raise UserError(
-            f"dir={options.dir!r}: no {FILE_NAME} in it, so it is no finished shard folder; give "
-            "the --output of isoflop tokenize (or isoflop flan), run to its end"
-        )
     findings = 0
-    for finding in audit(folder, options):
+    for finding in audit(options):
         print(finding, flush=True)
         findings += 1
     if findings:
-        print(f"{folder}: {findings} finding{'s' if findings > 1 else ''}", file=sys.stderr)
+        print(f"{options.dir}: {findings} finding{'s' if findings > 1 else ''}", file=sys.stderr)
         sys.exit(1)
 
 
-def audit(folder: Path, options: Options) -> Iterator[str]:
-    """Every finding, as a line that begins with the file it is in; a summary where none is."""
+def audit(options: Options) -> Iterator[str]:
+    """Every finding, as a line that begins with the file it is in; a summary where none is.
+
+    Raises:
+        UserError: there is no finished folder.
+    """
+    from tools.audit_place import audited_place
+
+    with audited_place(options.dir) as place:
+        yield from _audit(place, options)
+
+
+def _audit(place: Place, options: Options) -> Iterator[str]:
     from pipeline.data.manifest import FILE_NAME, manifest_text, read_manifest
 
     try:
-        manifest = read_manifest(folder)
+        manifest = read_manifest(place.near)
     except UserError as error:
         yield f"{FILE_NAME}: {error} (nothing else can be proved)"
         return
     found = False
     tokenizer_is_right = True
-    if (folder / FILE_NAME).read_bytes() != manifest_text(manifest).encode():
+    if (place.near / FILE_NAME).read_bytes() != manifest_text(manifest).encode():
         found = True
         yield f"{FILE_NAME}: means what it should, but is not written as isoflop writes it"
-    for name, finding in folder_findings(folder, manifest):
+    for name, finding in folder_findings(place, manifest):
         found = True
         tokenizer_is_right &= not name.startswith("tokenizer")
         yield f"{name}: {finding}"
-    tasks = [task for task in expected_shards(folder, manifest, options, tokenizer_is_right)]
+    tasks = expected_shards(place, manifest, options, tokenizer_is_right)
     results: list[Result] = []
     for result in _results(tasks, options.workers):
         results.append(result)
@@ -85,14 +89,14 @@ def audit(folder: Path, options: Options) -> Iterator[str]:
             found = True
             yield finding
     if not found:
-        print(summary(folder, results))
+        print(summary(options.dir, results))
 
 
-def folder_findings(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
+def folder_findings(place: Place, manifest: Manifest) -> Iterator[tuple[str, str]]:
     """(file, finding) of what can be said without reading shards."""
     from pipeline.data.manifest import FILE_NAME
 
-    yield from _tokenizer_findings(folder, manifest)
+    yield from _tokenizer_findings(place.near, manifest)
     paths = [shard.path for shard in manifest.shards]
     for path, count in Counter(paths).items():
         if count > 1:
@@ -101,11 +105,9 @@ def folder_findings(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str
         if PurePosixPath(shard.path).parts[:-1] != (shard.split, shard.source):
             yield shard.path, f"is of {shard.split}/{shard.source} by the manifest"
     known = {FILE_NAME, *paths}
-    for split in sorted({*manifest.splits(), "train", "validation", "heldout"}):
-        for file in sorted((folder / split).rglob("*")):
-            name = file.relative_to(folder).as_posix()
-            if name not in known and not file.is_dir():
-                yield name, "is not in the manifest; remove it"
+    for name in place.names(sorted({*manifest.splits(), "train", "validation", "heldout"})):
+        if name not in known:
+            yield name, "is not in the manifest; remove it"
     rows = sum(item.rows for item in manifest.inputs)
     rejects = sum(sum(item.rejects.values()) for item in manifest.inputs)
     used = sum(item.documents for item in manifest.inputs)
@@ -114,11 +116,15 @@ def folder_findings(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str
         yield FILE_NAME, f"{rows} rows were read, {used} used and {rejects} rejected"
     if manifest.inputs and used != stored:
         yield FILE_NAME, f"{used} rows were used, {stored} documents are in shards"
-    if (folder / _REJECTS).exists():
-        with open(folder / _REJECTS, "rb") as file:
-            lines = sum(1 for _ in file)
-        if lines != rejects:
-            yield _REJECTS, f"{lines} lines, the manifest counts {rejects} rejected rows"
+    try:
+        lines = place.read(_REJECTS, lambda file, size: sum(1 for _ in file))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        yield _REJECTS, f"cannot be read ({error.strerror})"
+        return
+    if lines != rejects:
+        yield _REJECTS, f"{lines} lines, the manifest counts {rejects} rejected rows"
 
 
 def _tokenizer_findings(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -147,7 +153,7 @@ def _tokenizer_findings(folder: Path, manifest: Manifest) -> Iterator[tuple[str,
 
 
 def expected_shards(
-    folder: Path, manifest: Manifest, options: Options, tokenizer_is_right: bool
+    place: Place, manifest: Manifest, options: Options, tokenizer_is_right: bool
 ) -> list[Expected]:
     """One task a shard."""
     from pipeline.data.manifest import TOKENIZER_NAME
@@ -156,13 +162,13 @@ def expected_shards(
     last = {(shard.split, shard.source): shard for shard in manifest.shards}
     return [
         Expected(
-            folder=folder,
+            place=place,
             shard=shard,
             kind=manifest.kind,
             layout=(manifest.block_tokens, manifest.dtype),
             padded=shard is last[shard.split, shard.source],
             vocab_size=manifest.tokenizer.vocab_size,
-            tokenizer=folder / TOKENIZER_NAME if tokenizer_is_right else None,
+            tokenizer=place.near / TOKENIZER_NAME if tokenizer_is_right else None,
             decode=options.decode,
         )
         for shard in manifest.shards
@@ -207,7 +213,7 @@ def text_findings(manifest: Manifest, results: Iterable[Result]) -> Iterator[str
             )
 
 
-def summary(folder: Path, results: list[Result]) -> str:
+def summary(folder: str, results: list[Result]) -> str:
     """One line on a folder in which nothing was found."""
     return (
         f"{folder}: {len(results):,} shards, {sum(r.bytes for r in results) / 1e6:,.1f} MB, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -18,15 +19,22 @@ _LONGEST_DECODED = 20_000  # ids of a document that is encoded again
 
 def audit_shard(expected: Expected) -> Result:
     """Read one shard to its last byte and compare everything with what it must be."""
+    try:
+        result = expected.place.read(expected.shard.path, lambda *opened: _read(expected, *opened))
+        if result.findings and expected.place.url is not None:
+            # What is damaged there is so again; what a network damaged is not.
+            result = expected.place.read(result.path, lambda *opened: _read(expected, *opened))
+    except OSError as error:
+        result = Result(expected.shard.path)
+        result.add(f"cannot be read ({error.strerror})")
+    return result
+
+
+def _read(expected: Expected, file: IO[bytes], size: int) -> Result:
     shard = expected.shard
     result = Result(shard.path)
     content = (FlanContent if expected.kind == "flan" else TokenContent)(expected, result)
-    path = expected.folder / shard.path
-    try:
-        read_shard(path, content.layout, shard, result, content.sample)
-    except OSError as error:
-        result.add(f"cannot be read ({error.strerror})")
-        return result
+    read_shard(file, size, content.layout, shard, result, content.sample)
     if result.damaged:
         return result
     content.end()

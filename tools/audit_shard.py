@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import IO
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from pipeline.data.shards import (
     checksums,
     member_head,
 )
+from tools.audit_place import Place
 
 MOST_FINDINGS = 20  # of one shard; a shard that lost its middle would tell thousands
 
@@ -28,7 +29,7 @@ class Expected:
     """One shard's task for a worker.
 
     Attributes:
-        folder: the shard folder.
+        place: the shard folder.
         shard: what the manifest says of it.
         kind: "tokens" or "flan".
         layout: (block_tokens, dtype).
@@ -38,7 +39,7 @@ class Expected:
         decode: samples whose text is decoded and encoded again.
     """
 
-    folder: Path
+    place: Place
     shard: Shard
     kind: str
     layout: tuple[int, str]
@@ -87,7 +88,8 @@ class Sample:
 
 
 def read_shard(
-    path: Path,
+    file: IO[bytes],
+    size: int,
     layout: SampleLayout,
     shard: Shard,
     result: Result,
@@ -95,43 +97,40 @@ def read_shard(
 ) -> None:
     """Go through the file once; `consume` gets each sample that is as it was written."""
     digest = hashlib.sha256()
-    size = path.stat().st_size
     if size != shard.bytes or size != layout.shard_bytes(shard.samples):
         result.add(
             f"{'truncated: ' if size < shard.bytes else ''}{size} bytes, the manifest says "
             f"{shard.bytes}, {shard.samples} samples make {layout.shard_bytes(shard.samples)}"
         )
-    prefix = key_prefix(path)
-    with open(path, "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        for number in range(shard.samples):
-            data = file.read(layout.sample_bytes)
-            digest.update(data)
-            result.bytes += len(data)
-            key = f"{prefix}-{number:06d}"
-            if len(data) < layout.sample_bytes:
-                result.add(f"ends inside sample {key}, {shard.samples - number} samples missing")
-                result.damaged = True
-                break
-            begin = number * layout.sample_bytes
-            wrong = list(sample_findings(data, layout, key, begin))
-            for finding in wrong:
-                result.add(finding)
-            if wrong:
-                result.damaged = True
-            else:
-                consume(Sample(number, key, _arrays(data, layout)))
-        while rest := file.read(1 << 20):
-            digest.update(rest)
-            if any(rest):
-                at = result.bytes + next(i for i, byte in enumerate(rest) if byte)
-                result.add(f"byte {at}: the end of the archive holds more than zeros")
-            result.bytes += len(rest)
+    prefix = key_prefix(PurePosixPath(shard.path))
+    for number in range(shard.samples):
+        data = file.read(layout.sample_bytes)
+        digest.update(data)
+        result.bytes += len(data)
+        key = f"{prefix}-{number:06d}"
+        if len(data) < layout.sample_bytes:
+            result.add(f"ends inside sample {key}, {shard.samples - number} samples missing")
+            result.damaged = True
+            break
+        begin = number * layout.sample_bytes
+        wrong = list(sample_findings(data, layout, key, begin))
+        for finding in wrong:
+            result.add(finding)
+        if wrong:
+            result.damaged = True
+        else:
+            consume(Sample(number, key, _arrays(data, layout)))
+    while rest := file.read(1 << 20):
+        digest.update(rest)
+        if any(rest):
+            at = result.bytes + next(i for i, byte in enumerate(rest) if byte)
+            result.add(f"byte {at}: the end of the archive holds more than zeros")
+        result.bytes += len(rest)
     if digest.hexdigest() != shard.sha256:
         result.add(f"sha256 is {digest.hexdigest()}, the manifest says {shard.sha256}")
 
 
-def key_prefix(path: Path) -> str:
+def key_prefix(path: PurePosixPath) -> str:
     """What the keys of a shard begin with: its file's name after `shard-`."""
     return re.sub(r"^shard-", "", path.name).removesuffix(".tar")
 

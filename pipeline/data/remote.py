@@ -16,7 +16,6 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,7 +50,7 @@ def local_folder(place: str, cache_dir: str, cache_gb: float) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / "folder.lock"):
             for name in (FILE_NAME, TOKENIZER_NAME):
-                content = _persistently(partial(_read, url, name), f"{url}/{name}")
+                content = read_small(url, name)
                 if not (folder / name).exists() or (folder / name).read_bytes() != content:
                     write_atomically(folder / name, content)
             told = {"url": url, "limit_bytes": int(cache_gb * 1e9)}
@@ -105,7 +104,7 @@ class ShardCache:
                         with open(arriving, "wb") as file:
                             file.truncate(shard.bytes)
                     name = f"{self.url}/{shard.path}"
-                    _persistently(lambda: self._fetch(shard, arriving), name)
+                    persistently(lambda: self._fetch(shard, arriving), name)
                     os.replace(arriving, path)
         except OSError as error:
             raise UserError(
@@ -125,13 +124,7 @@ class ShardCache:
 
     def check_sizes(self, shards: tuple[Shard, ...]) -> str | None:
         """What is wrong with the first shard that is missing or of another size there, or None."""
-
-        def listed() -> dict[str, int]:
-            files, root = _filesystem(self.url)
-            found = files.find(root, detail=True)
-            return {name[len(root) :].strip("/"): item["size"] for name, item in found.items()}
-
-        sizes = _persistently(listed, self.url)
+        sizes = list_files(self.url)
         for shard in shards:
             size = sizes.get(shard.path)
             if size != shard.bytes:
@@ -173,12 +166,8 @@ class ShardCache:
 
     def _fetch(self, shard: Shard, arriving: Path) -> None:
         """Copy one shard to `arriving`; raises _Damaged where it is not what it should be."""
-        files, root = _filesystem(self.url)
         digest, size = hashlib.sha256(), 0
-        with (
-            files.open(f"{root}/{shard.path}", "rb", block_size=_PIECE) as source,
-            open(arriving, "wb") as target,
-        ):
+        with open_file(self.url, shard.path) as source, open(arriving, "wb") as target:
             while piece := source.read(_PIECE):
                 size += len(piece)
                 if size > shard.bytes:
@@ -211,13 +200,34 @@ def _filesystem(url: str) -> tuple[Any, str]:
     return files, root.rstrip("/")
 
 
-def _read(url: str, name: str) -> bytes:
+def open_file(url: str, name: str) -> Any:
+    """A file below a URL, open for reading from its beginning; `size` tells its bytes."""
     files, root = _filesystem(url)
-    with files.open(f"{root}/{name}", "rb") as file:
-        return bytes(file.read(_SMALL_FILE))
+    return files.open(f"{root}/{name}", "rb", block_size=_PIECE)
 
 
-def _persistently(work: Callable[[], T], what: str) -> T:
+def list_files(url: str) -> dict[str, int]:
+    """The files below a URL, relative to it, and their sizes. Raises UserError."""
+
+    def listed() -> dict[str, int]:
+        files, root = _filesystem(url)
+        found = files.find(root, detail=True)
+        return {name[len(root) :].strip("/"): item["size"] for name, item in found.items()}
+
+    return persistently(listed, url)
+
+
+def read_small(url: str, name: str) -> bytes:
+    """All of a manifest or tokenizer below a URL. Raises UserError."""
+
+    def read() -> bytes:
+        with open_file(url, name) as file:
+            return bytes(file.read(_SMALL_FILE))
+
+    return persistently(read, f"{url}/{name}")
+
+
+def persistently(work: Callable[[], T], what: str) -> T:
     """`work()`, tried again after what may pass: lost connections, errors of the server.
 
     Raises UserError when it does not pass, or at once for what is not there or not allowed.

@@ -19,7 +19,7 @@ from tools.cli import dispatch
 
 
 def findings(folder: Path, **options: int) -> list[str]:
-    return list(audit(folder, Options(str(folder), **{"workers": 1, **options})))
+    return list(audit(Options(str(folder), **{"workers": 1, **options})))
 
 
 @pytest.fixture(params=["tokens", "flan"])

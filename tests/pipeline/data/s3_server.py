@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.data import remote
 
 Trouble = Callable[[str, int], str]
 
@@ -21,6 +27,7 @@ class Proxy:
     def __init__(self, port: int) -> None:
         self.trouble: Trouble = lambda path, count: ""
         self.reads: Counter[str] = Counter()
+        self.port = port
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -68,19 +75,40 @@ class Proxy:
         self.server.daemon_threads = True
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
+    def client(self) -> Any:
+        """Of the server itself, past all trouble."""
+        import boto3
+
+        return boto3.client("s3", endpoint_url=f"http://127.0.0.1:{self.port}")
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server.server_address[1]}"
 
 
-def upload(folder: Path, endpoint: str, bucket: str) -> None:
-    """Put every file of `folder` into a new bucket."""
-    import boto3
-
-    client = boto3.client("s3", endpoint_url=endpoint)
-    client.create_bucket(Bucket=bucket)
-    for file in folder.rglob("*"):
-        if file.is_file():
-            client.put_object(
-                Bucket=bucket, Key=file.relative_to(folder).as_posix(), Body=file.read_bytes()
-            )
+@contextlib.contextmanager
+def serving(folder: Path, bucket: str) -> Iterator[Proxy]:
+    """The proxy before a server whose bucket holds every file of `folder`; s3fs goes there."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed; pip install 'isoflop[cluster]'")
+    server_module = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        # Its own patience is not what is tested.
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")
+        patch.setattr(remote, "_FIRST_WAIT", 0.01)
+        server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        _, port = server.get_host_and_port()
+        proxy = Proxy(port)
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        client = proxy.client()
+        client.create_bucket(Bucket=bucket)
+        for file in folder.rglob("*"):
+            if file.is_file():
+                name = file.relative_to(folder).as_posix()
+                client.put_object(Bucket=bucket, Key=name, Body=file.read_bytes())
+        yield proxy
+        proxy.server.shutdown()
+        server.stop()

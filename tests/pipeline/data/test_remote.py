@@ -18,7 +18,7 @@ from pipeline.data.loader import TrainingOrder
 from pipeline.data.manifest import check_folder, read_manifest, write_manifest
 from pipeline.data.sequences import SequenceStore
 from pipeline.options import UserError
-from tests.pipeline.data.s3_server import Proxy, upload
+from tests.pipeline.data.s3_server import serving
 from tools import inspect_shards
 
 # A real server and a proxy before it.
@@ -29,26 +29,10 @@ URL = "s3://corpus/tokens"
 @pytest.fixture(scope="module")
 def s3(shards, tmp_path_factory):
     """The proxy before a server that holds the shard folder."""
-    pytest.importorskip("s3fs", reason="s3fs is not installed; pip install 'isoflop[cluster]'")
-    server_module = pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        # Its own patience is not what is tested.
-        patch.setenv("AWS_MAX_ATTEMPTS", "1")
-        patch.setattr(remote, "_FIRST_WAIT", 0.01)
-        server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        _, port = server.get_host_and_port()
-        proxy = Proxy(port)
-        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-        top = tmp_path_factory.mktemp("bucket")
-        shutil.copytree(shards, top / "tokens")
-        upload(top, f"http://127.0.0.1:{port}", "corpus")
+    top = tmp_path_factory.mktemp("bucket")
+    shutil.copytree(shards, top / "tokens")
+    with serving(top, "corpus") as proxy:
         yield proxy
-        proxy.server.shutdown()
-        server.stop()
 
 
 @pytest.fixture
