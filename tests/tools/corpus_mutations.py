@@ -15,8 +15,9 @@ import random
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import zstandard
@@ -31,6 +32,7 @@ from tools.corpus_rows import Document, read_documents
 from tools.corpus_tasks import TOKENIZER_FILE, run_task
 
 SECONDS = 20.0  # for one input, on a machine that does other things as well
+KINDS = ("jsonl", "zst", "gz", "task", "manifest", "plan", "record")
 Outcome = str
 Found = list[tuple[int, str, str]]  # offset; "text" and the text, or "reject" and the reason
 
@@ -146,6 +148,7 @@ class Kinds:
             "plan": (self.plan_bytes, self._plan),
             "record": (self.record_bytes, self._record),
         }
+        assert tuple(self.checks) == KINDS
 
     def _rows(self, data: bytes, suffix: str) -> Outcome:
         path = self.folder / f"x.jsonl{suffix}"
@@ -212,18 +215,50 @@ class Kinds:
 
 def make_kinds(folder: Path) -> Kinds:
     """The kinds, on a corpus, a tokenizer and shards made in `folder`."""
+    made = make_originals(folder)
+    (folder / "work").mkdir()
+    return Kinds(folder / "work", *made)
+
+
+def make_originals(folder: Path) -> tuple[Path, Path]:
+    """A tokenizer and shards."""
     corpus = make_corpus(folder / "corpus", 20)
     model = make_model(corpus, folder / "spm.model")
-    shards = run_here(corpus, model, folder / "shards")
-    (folder / "work").mkdir()
-    return Kinds(folder / "work", model, shards)
+    return model, run_here(corpus, model, folder / "shards")
 
 
-def fuzz(kinds: Kinds, count: int, seed: int) -> Counter[tuple[str, Outcome]]:
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Damaged inputs of one kind for a process of its own.
+
+    Attributes:
+        folder: to work in.
+        model, shards: `make_originals`.
+    """
+
+    folder: Path
+    model: Path
+    shards: Path
+    name: str
+    count: int
+    seed: int
+
+    def fuzz(self) -> Counter[tuple[str, Outcome]]:
+        """See `fuzz`."""
+        self.folder.mkdir()
+        kinds = Kinds(self.folder, self.model, self.shards)
+        # Nothing here has to outlive the power.
+        with mock.patch("os.fsync"):
+            return fuzz(kinds, self.count, self.seed, [self.name])
+
+
+def fuzz(
+    kinds: Kinds, count: int, seed: int, names: Sequence[str] | None = None
+) -> Counter[tuple[str, Outcome]]:
     """Check `count` damaged inputs of all kinds in turn; how many of each came to what."""
     generator = random.Random(seed)
     outcomes: Counter[tuple[str, Outcome]] = Counter()
-    names = sorted(kinds.checks)
+    names = names or sorted(kinds.checks)
     for number in range(count):
         name = names[number % len(names)]
         original, check = kinds.checks[name]
@@ -237,9 +272,9 @@ def fuzz(kinds: Kinds, count: int, seed: int) -> Counter[tuple[str, Outcome]]:
     return outcomes
 
 
-def check_outcomes(outcomes: Counter[tuple[str, Outcome]], kinds: Kinds) -> None:
+def check_outcomes(outcomes: Counter[tuple[str, Outcome]]) -> None:
     """Each kind was reached, and each way out of it."""
-    for name in kinds.checks:
+    for name in KINDS:
         assert outcomes[name, "refused"] + outcomes[name, "read"] > 0
     for name in ("zst", "gz", "manifest", "plan", "record"):
         assert outcomes[name, "refused"] > 0, outcomes
