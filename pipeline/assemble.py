@@ -25,6 +25,7 @@ from pipeline.plan import (
     refuse_other_identity,
     resolve_model,
 )
+from pipeline.preflight import Preflight
 from pipeline.run_folder import RunFolder
 
 
@@ -34,16 +35,24 @@ def run_stage(stage: Stage) -> None:
     if any(word in ("--help", "-h") for word in argv):
         print(program_help(stage.program, stage.purpose))
         return
-    plan = check_run(stage, argv)
     main_rank = os.environ.get("RANK", "0") == "0"
-    if main_rank and not plan.folder.is_finished:
-        plan.folder.lock()
-    if plan.folder.is_finished:
-        if main_rank:
+
+    def locked_plan() -> Plan:
+        plan = check_run(stage, argv)
+        if main_rank and not plan.folder.is_finished:
+            plan.folder.lock()
+        return plan
+
+    preflight = Preflight(locked_plan)
+    plan = preflight.plan
+    try:
+        if not plan.folder.is_finished:
+            with guarded(plan.config, plan.folder) as guards:
+                _train(stage, preflight, guards)
+        elif main_rank:
             print(f"{plan.config.name}: finished before; nothing to do", flush=True)
-        return
-    with guarded(plan.config, plan.folder) as guards:
-        _train(stage, plan, guards)
+    finally:
+        preflight.leave()
 
 
 def make_engine(config: RunConfig, vocab_size: int, ds_settings: dict[str, Any]) -> Any:
@@ -82,7 +91,8 @@ def compile_settings(config: RunConfig) -> dict[str, Any]:
     return {} if varies else {"dynamic": False}
 
 
-def _train(stage: Stage, plan: Plan, guards: Guards) -> None:
+def _train(stage: Stage, preflight: Preflight, guards: Guards) -> None:
+    plan = preflight.plan
     config, folder = plan.config, plan.folder
     # torch and deepspeed take seconds to import: only now, when nothing is left to be refused.
     from pipeline import checkpoint, distributed
@@ -94,7 +104,9 @@ def _train(stage: Stage, plan: Plan, guards: Guards) -> None:
     from pipeline.prefetch import Prefetched
     from pipeline.trainer import Totals, Trainer
 
+    guards.network = preflight.join()
     world = distributed.start(timeout_seconds=config.collective_timeout, threads=config.threads)
+    preflight.check_links(world)
     guards.meet()
     tokenizer = load_tokenizer(config.data_folder / "tokenizer.model")
     source, evalsets = stage.prepare(config, plan.model, tokenizer, world)

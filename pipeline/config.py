@@ -188,6 +188,9 @@ class RunConfig:
         300.0,
         minimum=0.0,
     )
+    start_timeout: int = option(
+        "seconds in which all nodes must have joined, before training", 300, minimum=1
+    )
 
     def __post_init__(self) -> None:
         """Give what depends on the optimizer its value."""

@@ -99,6 +99,15 @@ def import_muon_as_written() -> None:
         compiler.compile = compile
 
 
+def device_kind() -> str:
+    """The kind of device that this rank trains on, for nodes to compare."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    name = torch.cuda.get_device_name(int(os.environ.get("LOCAL_RANK", "0")))
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    return f"{name}, CUDA {torch.version.cuda}, NCCL {nccl}"
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep what a step frees, for the next step, instead of giving it to the kernel.
 

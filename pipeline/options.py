@@ -27,6 +27,7 @@ from pipeline.conversion import convert, is_mapping
 T = TypeVar("T")
 _REQUIRED = dataclasses.MISSING
 OTHER_RANKS_WAIT = 10.0  # seconds; a launcher ends the ranks that are left after about one
+AGREED_WAIT = 1.0  # seconds, in which rank 0 tells what all ranks know
 PLACES = ("DIR", "FILE", "GLOB")
 
 
@@ -40,6 +41,10 @@ class UserError(ValueError):
 
     exit_code = 2
     told_by = 0
+
+
+class AgreedError(UserError):
+    """A mistake that every rank knows of before it ends: rank 0 tells it, and nobody waits."""
 
 
 class Fault(UserError):
@@ -267,6 +272,13 @@ def run_as_program(main: Callable[[], None]) -> None:
     rank = os.environ.get("RANK", "0")
     try:
         main()
+    except AgreedError as error:
+        if rank == "0":
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        else:
+            # A launcher ends its other ranks when one has ended: rank 0 speaks first.
+            time.sleep(AGREED_WAIT)
+        sys.exit(error.exit_code)
     except UserError as error:
         if rank != str(error.told_by):
             time.sleep(OTHER_RANKS_WAIT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import platform
@@ -51,6 +52,7 @@ CHANGEABLE = frozenset(
         "threads",
         "collective_timeout",
         "stall_timeout",
+        "start_timeout",
     }
 )
 C = TypeVar("C")
@@ -185,10 +187,7 @@ def describe(
             "fingerprint": manifest.fingerprint,
             "tokenizer_sha256": manifest.tokenizer.sha256,
         },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in RECORDED_VERSIONS},
-        },
+        "versions": recorded_versions(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
     }
     if config.flan is not None:
@@ -199,6 +198,15 @@ def describe(
     if config.init_from is not None:
         document["parent"] = config.init_from
     return document
+
+
+@functools.cache
+def recorded_versions() -> dict[str, str]:
+    """The versions that a run's numbers may depend on."""
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in RECORDED_VERSIONS},
+    }
 
 
 def _same_setting(key: str, known: Any, value: Any) -> bool:

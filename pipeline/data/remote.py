@@ -117,6 +117,10 @@ class ShardCache:
         """Whether a shard needs no fetching; it is then marked as just used."""
         return self._used(self._place(shard), shard)
 
+    def held_bytes(self) -> int:
+        """What the shards that are here take."""
+        return sum(path.stat().st_size for path in self._shards.glob("*.tar"))
+
     def _place(self, shard: Shard) -> Path:
         if not re.fullmatch("[0-9a-f]{64}", shard.sha256):
             raise UserError(f"shard {shard.path}: sha256={shard.sha256!r} is none; restore it")

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from pipeline.config import RunConfig
 from pipeline.guards.causes import cause_of
@@ -16,22 +17,35 @@ from pipeline.options import UserError
 from pipeline.run_folder import RunFolder
 
 
+class Network(Protocol):
+    """What knows of the other ranks over the network: rendezvous.Meeting, which needs torch."""
+
+    def name_lost(self) -> str: ...
+
+
 class Guards:
     """The heartbeat of this rank and those who look at it.
 
     Attributes:
         heart: beats from the start, into the run folder once the ranks have met.
+        network: tells who is cut off, which a run folder that all reach does not show; None where
+            the ranks have not met there.
     """
 
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         self.heart = Heart(int(rank), int(world_size))
+        self.network: Network | None = None
         self._folder = folder
         self._launcher = Launcher()
         self._vote: Callable[[], None] | None = None
         self._is_orphan = False
         self.heart.watch(self._look_for_launcher)
-        self.heart.watch(Watchdog(self.heart, config.stall_timeout).look)
+        self.heart.watch(Watchdog(self.heart, config.stall_timeout, self.name_lost).look)
+
+    def name_lost(self) -> str:
+        """One line on the ranks that no longer answer over the network, or ""."""
+        return "" if self.network is None else self.network.name_lost()
 
     def meet(self) -> None:
         """The ranks have met: their heartbeats belong together from here on. A collective."""
@@ -71,7 +85,7 @@ def guarded(config: RunConfig, folder: RunFolder) -> Iterator[Guards]:
         guards.heart.close(str(error))
         raise
     except Exception as error:
-        known = cause_of(error, guards.heart)
+        known = cause_of(error, guards.heart, guards.name_lost)
         guards.heart.close(str(known or f"{type(error).__name__}: {error}"))
         if known is None:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from pipeline.guards.heartbeat import FAILED, Beat, Heart, is_alive, read_beats
 from pipeline.options import Fault, UserError
@@ -23,12 +24,24 @@ _BROKEN = (
 GO_ON = "the same command goes on from the last checkpoint"
 
 
-def cause_of(error: Exception, heart: Heart) -> UserError | None:
-    """What is behind `error`, where that is known; else the traceback says more."""
+def cause_of(
+    error: Exception, heart: Heart, name_lost: Callable[[], str] = lambda: ""
+) -> UserError | None:
+    """What is behind `error`, where that is known; else the traceback says more.
+
+    `name_lost` says in a line which ranks no longer answer over the network, or "".
+    """
     text = str(error).lower()
     if isinstance(error, RuntimeError) and any(words in text for words in _BROKEN):
-        return _lost(heart)
+        return _lost(heart) or _cut_off(name_lost(), error)
     return None
+
+
+def _cut_off(told: str, error: Exception) -> UserError | None:
+    """Ranks whose beats still arrive in a folder that all reach, while no collective does."""
+    if not told:
+        return None
+    return Fault(f"{told} ({str(error).splitlines()[0]:.120}); {GO_ON}")
 
 
 def _lost(heart: Heart) -> UserError | None:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 import psutil
 
@@ -24,9 +25,12 @@ class Watchdog:
     phase for long: half of the patience, and all of it.
     """
 
-    def __init__(self, heart: Heart, stall_timeout: float) -> None:
-        """`stall_timeout` in seconds; 0 watches nothing."""
+    def __init__(
+        self, heart: Heart, stall_timeout: float, name_lost: Callable[[], str] = lambda: ""
+    ) -> None:
+        """`stall_timeout` in seconds, 0 watches nothing; `name_lost` asks over the network."""
         self._heart = heart
+        self._name_lost = name_lost
         self._timeout = stall_timeout
         self._first: list[Beat] | None = None
 
@@ -59,6 +63,10 @@ class Watchdog:
         if stalls.speaker(seen, found) == heart.rank:
             remarks = [self._remark(one) for one in found]
             told = stalls.sentence(found, seen, stood, remarks)
+            elsewhere = any(is_alive(one.beat) is None for one in found)
+            if (elsewhere or not found) and (lost := self._name_lost()):
+                # Their beats may still arrive, by a run folder that all reach.
+                told = f"{lost}; all have waited for {stood:.0f} s"
             print(
                 f"error: {told}; stacks are in {folder}; the same command goes on from the last "
                 "checkpoint",

@@ -1,0 +1,114 @@
+"""Ranks that pretend to be on several nodes: what differs is named before any training."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.entry import flags
+from tests.distributed.harness import run_ranks
+
+pytestmark = pytest.mark.distributed
+Changes = dict[int, dict[str, Any]]
+
+
+def _start(asked: dict[str, Any], changes: Changes) -> tuple[str, str]:
+    """A run with one rank on each node; how it ended, and with what line."""
+    from pipeline import network, preflight, pretrain, rendezvous
+    from pipeline.assemble import run_stage
+    from pipeline.options import UserError
+
+    rank = int(os.environ["RANK"])
+    mine = changes.get(rank, {})
+    os.environ["LOCAL_SIZE"] = "1"
+    socket.gethostname = lambda: f"n{rank}"  # type: ignore[assignment]
+    network.address_towards = lambda host: "10.0.0.1"  # type: ignore[assignment]
+    rendezvous._SHARED_SECONDS = 0.5
+    if "code" in mine:
+        preflight.code_files = lambda: {"models/a.py": "1", "models/b.py": mine["code"]}  # type: ignore[assignment]
+    if "clock" in mine:
+        real_time = time.time
+        time.time = lambda: real_time() + mine["clock"]  # type: ignore[assignment]
+    if "own_disk" in mine:
+        real_exists = Path.exists
+        Path.exists = lambda p: ".seen" not in p.name and real_exists(p)  # type: ignore[method-assign,assignment]
+    if mine.get("late"):
+        time.sleep(mine["late"])
+    own = {**asked, **mine.get("flags", {})}
+    sys.argv = ["pipeline/pretrain.py", *[f"--{key}={value}" for key, value in own.items()]]
+    try:
+        run_stage(pretrain.STAGE)
+    except UserError as error:
+        return type(error).__name__, str(error)
+    return "trained", ""
+
+
+def start(run: Path, shards: Path, changes: Changes, **more: Any) -> list[tuple[str, str]]:
+    """How each of three nodes' ranks ended."""
+    return run_ranks(_start, 3, flags(run, shards, **more), changes)
+
+
+def test_nodes_that_agree_train_and_what_they_are_is_written_down(
+    shards_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert start(run, shards_dir, {}, steps=1) == [("trained", "")] * 3
+    written = json.loads((run / "preflight.json").read_text())
+    ranks = {host: node["ranks"] for host, node in written["nodes"].items()}
+    assert ranks == {"n0": [0], "n1": [1], "n2": [2]}
+    assert written["nodes"]["n2"]["free_bytes"]["run_dir"] > 0
+    assert 0 < written["all_reduce"]["latency_seconds"] < 5
+    assert 0 <= written["clock_spread_seconds"] < 5
+    assert len(written["same"]["code"]) == len(written["same"]["data"]) == 64
+    assert not list(run.glob(".seen*"))
+    assert "run: n0 (rank 0), n1 (rank 1), n2 (rank 2) agree; all-reduce" in capfd.readouterr().out
+
+
+def soak(changes: Changes, part: str) -> Any:
+    """A case of the full count."""
+    return pytest.param(changes, part, marks=pytest.mark.soak)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        (
+            {1: {"flags": {"lr": 0.02}}},
+            "run.lr: n1 (rank 1) has 0.02, n0 (rank 0), n2 (rank 2) have 0.01; give every node",
+        ),
+        (
+            {0: {"code": "3"}, 1: {"code": "4"}, 2: {"code": "4"}},
+            " (other models/b.py), n1 (rank 1), n2 (rank 2) have ",
+        ),
+        ({1: {"own_disk": True}}, "/run': does not show what n0 wrote there; give a folder on"),
+        soak({2: {"flags": {"data": "/nowhere"}}}, "n2 (rank 2): data='/nowhere': no man"),
+        soak({2: {"clock": -9}}, "clock: n2 (rank 2) is -9."),
+    ],
+)
+def test_what_differs_is_told_to_every_rank(
+    changes: Changes, part: str, shards_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for kind, told in start(run, shards_dir, changes):
+        assert kind == "AgreedError"
+        assert part in told
+    assert not (run / "metrics.jsonl").exists()
+
+
+@pytest.mark.soak
+def test_a_node_that_does_not_come_is_waited_for_so_long_and_no_longer(
+    shards_dir: Path, tmp_path: Path
+) -> None:
+    ends = start(tmp_path / "run", shards_dir, {2: {"late": 9}}, start_timeout=4)
+    assert [kind for kind, _ in ends] == ["AgreedError", "AgreedError", "UserError"]
+    joined = "start_timeout=4: rank 2 did not join, n0 (rank 0), n1 (rank 1) did; see"
+    assert joined in ends[0][1]
+    assert joined in ends[1][1]
+    assert "rank 0 did not answer n2 (rank 2) within start_timeout=4 s" in ends[2][1]
