@@ -20,6 +20,7 @@ NOT_RUN = {
         "needs eight nodes; its file is loaded below, its launch is in tests/distributed"
     ),
     "deepspeed --hostfile hostfile pipeline/finetune.py": "likewise",
+    "sbatch --": "tests/soak/test_requeue.py submits both scripts to a real Slurm",
 }
 
 

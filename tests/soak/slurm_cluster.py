@@ -1,4 +1,7 @@
-"""A real Slurm cluster of one node on this machine: munged, slurmctld and slurmd of Debian's."""
+"""A real Slurm cluster on this machine: Debian's munged, slurmctld, and a slurmd for each node.
+
+What is submitted to its partition `urgent` preempts what runs in `main`, which is requeued.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +21,28 @@ from pipeline.network import free_port
 _START_SECONDS = 60
 
 
-def _configuration(folder: Path, host: str, ports: tuple[int, int]) -> str:
+def _configuration(folder: Path, host: str, nodes: list[str]) -> str:
+    lines = [
+        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} "
+        f"CPUs={2 // len(nodes)} RealMemory=4000 State=UNKNOWN"
+        for node in nodes
+    ]
+    described = "\n".join(lines)
     return f"""
 ClusterName=isoflop
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
+SlurmctldPort={free_port()}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket
+AuthInfo=socket={folder}/munge/socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool/%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/slurmd.%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -42,9 +50,13 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_interval=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
 ReturnToService=2
-NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=4000 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+{described}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF
 """
 
 
@@ -61,8 +73,11 @@ def _install() -> None:
 
 
 @contextlib.contextmanager
-def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
-    """Start the daemons in `folder`; yields what the environment of its users needs."""
+def slurm_cluster(folder: Path, num_nodes: int = 1) -> Iterator[dict[str, str]]:
+    """Start the daemons in `folder`; yields what the environment of its users needs.
+
+    The nodes, at most two, share out two CPUs.
+    """
     if os.getuid() != 0:
         pytest.skip("Slurm's daemons need root")
     _install()
@@ -72,15 +87,17 @@ def slurm_cluster(folder: Path) -> Iterator[dict[str, str]]:
     key = folder / "munge" / "key"
     key.write_bytes(os.urandom(1024))
     key.chmod(0o600)
-    (folder / "slurm.conf").write_text(_configuration(folder, host, (free_port(), free_port())))
+    nodes = [f"node{number}" for number in range(1, num_nodes + 1)]
+    (folder / "slurm.conf").write_text(_configuration(folder, host, nodes))
     environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
     munge = ["munged", "--foreground", "--force", f"--key-file={key}"]
     munge += [f"--{name}={folder}/munge/{name}" for name in ("socket", "pid-file", "log-file")]
     munge += [f"--seed-file={folder}/munge/seed"]
     daemons: list[subprocess.Popen[bytes]] = []
     try:
-        for command in (munge, ["slurmctld", "-D", "-i"], ["slurmd", "-D", "-N", host]):
-            log = open(folder / f"{command[0]}.out", "wb")  # noqa: SIM115 (the daemon's)
+        slurmds = [["slurmd", "-D", "-N", node] for node in nodes]
+        for command in (munge, ["slurmctld", "-D", "-i"], *slurmds):
+            log = open(folder / f"{command[0]}{len(daemons)}.out", "wb")  # noqa: SIM115 (its own)
             daemons.append(
                 subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
             )

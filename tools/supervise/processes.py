@@ -8,16 +8,16 @@ heartbeats, files of the run that name their host and process.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
-import socket
 import time
 from pathlib import Path
 
 import psutil
 
+from pipeline.guards.heartbeat import is_alive, read_beats
 from pipeline.options import UserError
+from pipeline.run_folder import RunFolder
 
 MARK = "ISOFLOP_RUN"  # the environment's variable
 _POLL_SECONDS = 0.2
@@ -58,19 +58,10 @@ def has_left(process: psutil.Process) -> bool:
 def ranks_by_heartbeat(run: Path, since: float = 0.0) -> list[psutil.Process]:
     """The ranks on this host that wrote a heartbeat after `since`, and live."""
     found = []
-    for file in sorted((run / "heartbeat").glob("rank-*.json")):
-        try:
-            beat, written = json.loads(file.read_bytes()), file.stat().st_mtime
-            host, pid = beat["host"], int(beat["pid"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # being replaced, or not one of ours
-        if host != socket.gethostname() or written < since:
-            continue
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(pid)
-            # One that began after the file was written has only inherited the number.
-            if process.create_time() <= written + 1 and not has_left(process):
-                found.append(process)
+    for beat in read_beats(RunFolder(run).heartbeats):
+        if beat.time >= since and is_alive(beat):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append(psutil.Process(beat.pid))
     return found
 
 
