@@ -12,7 +12,7 @@ from tests.distributed.harness import run_ranks
 
 def run_entry(entry: str, world_size: int, flags: dict[str, Any]) -> None:
     """`pipeline/ENTRY.py --key=value …` on `world_size` ranks."""
-    run_ranks(_entry, world_size, entry, [f"--{key}={value}" for key, value in flags.items()])
+    run_ranks(_entry, world_size, entry, argv(flags))
 
 
 def _entry(entry: str, argv: list[str]) -> None:
@@ -55,3 +55,26 @@ def flags(run: Path, shards: Path, arch: str = "decllm", **changes: Any) -> dict
         "threads": 1,
         **changes,
     }
+
+
+def argv(asked: dict[str, Any]) -> list[str]:
+    """The command line of what is asked."""
+    return [f"--{key}={value}" for key, value in asked.items()]
+
+
+def train(words: list[str]) -> str:
+    """Pretraining on this rank with the command line `words`; the error it ended with, or ""."""
+    from pipeline.options import UserError
+
+    try:
+        _entry("pretrain", words)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def flip_a_bit(file: Path) -> None:
+    """Damage the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
