@@ -13,8 +13,9 @@ from tests.distributed.plain_training import plain
 
 pytestmark = pytest.mark.distributed
 ARCHITECTURES = ("decllm", "redllm", "entp", "ared")
-# A global batch that is cut otherwise is rounded otherwise.
-LOSS_TOLERANCE, NORM_TOLERANCE = 2e-3, 2e-2
+# A global batch that is cut otherwise is rounded otherwise. Measured over 6 steps, largest relative
+# differences: 3e-4 of a loss, 8e-3 of a gradient's norm (ARED's; 2e-3 of the others').
+LOSS_TOLERANCE, NORM_TOLERANCE = 1e-3, 2e-2
 # Every optimizer and every architecture once, and what stages 1 and 2 do otherwise.
 FEW = [("adamw", Case("decllm", stage, precision="bf16", micro_batch=3)) for stage in (1, 2)] + [
     (name, RECIPES[name].case(arch, stage, precision="bf16", micro_batch=micro))

@@ -59,10 +59,10 @@ def stop_in_an_evaluation(words: list[str]) -> None:
 
     original = evaluation.evaluate
 
-    def interrupted(*args: object) -> object:
+    def interrupted(*args: object, **kwargs: object) -> object:
         if os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGINT)
-        return original(*args)  # type: ignore[arg-type]
+        return original(*args, **kwargs)  # type: ignore[arg-type]
 
     evaluation.evaluate = interrupted  # type: ignore[assignment]
     with pytest.raises(SystemExit, match="130"):
