@@ -188,25 +188,31 @@ class Meeting:
 
     def find_lost(self) -> list[int]:
         """Ranks that no longer answer, found out within a few seconds."""
-        place = self._place
+        place, ranks = self._place, range(self._place.size)
         try:
             store = self._store if place.rank == 0 else self._fresh_store()
             before = _counts(store, place.size)
             time.sleep(ANSWER_SECONDS)
             after = _counts(store, place.size)
+        except ConnectionRefusedError:
+            return [0]  # its host answers that the process is gone
         except (OSError, RuntimeError):
-            return [0]
-        ranks = range(place.size)
+            return [rank for rank in ranks if self.hosts[rank] == self.hosts[0]]
         return [rank for rank in ranks if before[rank] == after[rank] and rank != place.rank]
 
-    def name_lost(self) -> str:
-        """One line on the ranks that no longer answer this one; "" where all do."""
+    def name_lost(self) -> tuple[str, int]:
+        """One line on the ranks that no longer answer this one, "" where all do, and who tells it.
+
+        Each side of a network that was cut tells of the other.
+        """
         lost = self.find_lost()
+        left = set(range(self._place.size)) - set(lost)
         if not lost:
-            return ""
+            return "", min(left)
         return (
             f"{name_ranks(self.hosts, lost)} no longer answers "
-            f"{name_ranks(self.hosts, [self._place.rank])}: killed, frozen, or cut off the network"
+            f"{name_ranks(self.hosts, [self._place.rank])}: killed, frozen, or cut off the network",
+            min(left, default=self._place.rank),
         )
 
     def _fresh_store(self) -> dist.Store:

@@ -20,7 +20,7 @@ from pipeline.run_folder import RunFolder
 class Network(Protocol):
     """What knows of the other ranks over the network: rendezvous.Meeting, which needs torch."""
 
-    def name_lost(self) -> str: ...
+    def name_lost(self) -> tuple[str, int]: ...
 
 
 class Guards:
@@ -43,9 +43,9 @@ class Guards:
         self.heart.watch(self._look_for_launcher)
         self.heart.watch(Watchdog(self.heart, config.stall_timeout, self.name_lost).look)
 
-    def name_lost(self) -> str:
-        """One line on the ranks that no longer answer over the network, or ""."""
-        return "" if self.network is None else self.network.name_lost()
+    def name_lost(self) -> tuple[str, int]:
+        """One line on the ranks that no longer answer over the network, or ""; who tells it."""
+        return ("", 0) if self.network is None else self.network.name_lost()
 
     def meet(self) -> None:
         """The ranks have met: their heartbeats belong together from here on. A collective."""

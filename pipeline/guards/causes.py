@@ -25,23 +25,23 @@ GO_ON = "the same command goes on from the last checkpoint"
 
 
 def cause_of(
-    error: Exception, heart: Heart, name_lost: Callable[[], str] = lambda: ""
+    error: Exception, heart: Heart, name_lost: Callable[[], tuple[str, int]] = lambda: ("", 0)
 ) -> UserError | None:
     """What is behind `error`, where that is known; else the traceback says more.
 
-    `name_lost` says in a line which ranks no longer answer over the network, or "".
+    `name_lost` says in a line which ranks no longer answer over the network, or "", and who tells.
     """
     text = str(error).lower()
     if isinstance(error, RuntimeError) and any(words in text for words in _BROKEN):
-        return _lost(heart) or _cut_off(name_lost(), error)
+        return _lost(heart) or _cut_off(*name_lost(), error)
     return None
 
 
-def _cut_off(told: str, error: Exception) -> UserError | None:
+def _cut_off(told: str, teller: int, error: Exception) -> UserError | None:
     """Ranks whose beats still arrive in a folder that all reach, while no collective does."""
     if not told:
         return None
-    return Fault(f"{told} ({str(error).splitlines()[0]:.120}); {GO_ON}")
+    return Fault(f"{told} ({str(error).splitlines()[0][-120:]}); {GO_ON}", told_by=teller)
 
 
 def _lost(heart: Heart) -> UserError | None:

@@ -26,7 +26,10 @@ class Watchdog:
     """
 
     def __init__(
-        self, heart: Heart, stall_timeout: float, name_lost: Callable[[], str] = lambda: ""
+        self,
+        heart: Heart,
+        stall_timeout: float,
+        name_lost: Callable[[], tuple[str, int]] = lambda: ("", 0),
     ) -> None:
         """`stall_timeout` in seconds, 0 watches nothing; `name_lost` asks over the network."""
         self._heart = heart
@@ -64,7 +67,7 @@ class Watchdog:
             remarks = [self._remark(one) for one in found]
             told = stalls.sentence(found, seen, stood, remarks)
             elsewhere = any(is_alive(one.beat) is None for one in found)
-            if (elsewhere or not found) and (lost := self._name_lost()):
+            if (elsewhere or not found) and (lost := self._name_lost()[0]):
                 # Their beats may still arrive, by a run folder that all reach.
                 told = f"{lost}; all have waited for {stood:.0f} s"
             print(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.entry import flags, losses
-from tests.distributed.parity import Case, plain
+from tests.distributed.parity import Case
+from tests.distributed.plain_training import plain
+from tests.distributed.test_launch import ROOT, wait_for_step
 from tests.soak.two_hosts import Pair, two_hosts
 
 pytestmark = [pytest.mark.soak, pytest.mark.distributed, pytest.mark.privileged]
@@ -71,12 +74,103 @@ def test_without_ssh_the_losses_are_those_of_plain_pytorch(
     check_losses(run, expected)
 
 
-def other_data(shards: Path, folder: Path) -> dict[Path, Path]:
-    """A whole shard folder in the place of `shards` that holds something else."""
+def other_data(shards: Path, corpus: Path, folder: Path) -> Path:
+    """A whole shard folder by the same tokenizer that holds something else."""
     from tools.cli import dispatch
 
     dispatch(
-        f"tokenize --input {shards.parent.parent}/corpus0/wikipedia --output {folder}/shards "
-        f"--tokenizer {shards}/tokenizer.model --block_tokens 1024".split()
+        f"tokenize --input {corpus} --output {folder} --tokenizer {shards}/tokenizer.model "
+        "--block_tokens 1024 --validation_fraction 0.2".split()
     )
-    return {shards: folder / "shards"}
+    return folder
+
+
+def changed_copy(file: Path, folder: Path) -> Path:
+    """The same code and a remark."""
+    copy = folder / file.name
+    copy.write_text(file.read_text() + "# Nothing else.\n")
+    return copy
+
+
+def refused(outputs: list[tuple[int, str]], run: Path) -> str:
+    """The one line of a launch that all hosts refused."""
+    assert [code for code, _ in outputs] == [2] * len(outputs), outputs
+    lines = [line for _, text in outputs for line in text.splitlines() if "error: " in line]
+    assert len(lines) == 1, outputs
+    assert not (run / "metrics.jsonl").exists()
+    return lines[0]
+
+
+def test_a_node_with_other_data_is_named_before_any_training(
+    pair: Pair, corpus_dir: Path, shards_dir: Path, tmp_path: Path
+) -> None:
+    pair.hosts[1].views[shards_dir] = other_data(shards_dir, corpus_dir, tmp_path / "other")
+    run, started = tmp_path / "run", time.monotonic()
+    launched = pair.launch_without_ssh(flags(run, shards_dir))
+    told = refused([finish(process) for process in launched], run)
+    print(f"{time.monotonic() - started:.1f} s: {told}")
+    assert told.startswith("error: data: n1 (rank 1) has ")
+    assert "bring the same folder to every node" in told
+
+
+def test_a_node_with_other_code_is_named_before_any_training(
+    pair: Pair, shards_dir: Path, tmp_path: Path
+) -> None:
+    place = ROOT / "pipeline" / "sources.py"
+    pair.hosts[1].views[place] = changed_copy(place, tmp_path)
+    pair.serve_ssh()
+    run = tmp_path / "run"
+    told = refused([finish(pair.launch_by_pdsh(flags(run, shards_dir)))], run)
+    print(told)
+    assert told.startswith("n0: error: code: n1 (rank 1) has ")
+    assert "(other pipeline/sources.py), n0 (rank 0) has " in told
+
+
+def test_a_run_folder_that_is_not_shared_is_refused(
+    pair: Pair, shards_dir: Path, tmp_path: Path
+) -> None:
+    for name in ("runs", "local"):
+        (tmp_path / name).mkdir()
+    pair.hosts[1].views[tmp_path / "runs"] = tmp_path / "local"
+    run = tmp_path / "runs" / "run"
+    launched = pair.launch_without_ssh(flags(run, shards_dir))
+    told = refused([finish(process) for process in launched], run)
+    print(told)
+    assert told.startswith(f"error: n1 (rank 1): run_dir='{run}': does not show what n0 wrote")
+
+
+def check_cut(pair: Pair, launched: list[subprocess.Popen[str]], run: Path, limit: int) -> None:
+    """Cut the cable of a run under way: all end within `limit` and a while, and one is named."""
+    wait_for_step(run, 10)
+    pair.cut_the_cable()
+    cut = time.monotonic()
+    outputs = [finish(process) for process in launched]
+    while any("python" in pair.program(pid) for host in pair.hosts for pid in host.processes()):
+        assert time.monotonic() - cut < SECONDS, "ranks are left behind"
+        time.sleep(0.2)
+    seconds = time.monotonic() - cut
+    lines = [line for _, text in outputs for line in text.splitlines() if "error: " in line]
+    print(f"limit {limit} s: all ended {seconds:.1f} s after the cut", *lines, sep="\n")
+    # Ten seconds on a machine that has nothing else to do.
+    assert seconds < limit + 40
+    assert all(code > 0 for code, _ in outputs), outputs
+    assert "error: n1 (rank 1) no longer answers n0 (rank 0): " in lines[0], outputs
+    assert "Traceback" not in outputs[0][1]
+    assert not (run / "FINISHED").exists()
+
+
+def test_a_cut_cable_fails_a_collective_and_the_host_behind_it_is_named(
+    pair: Pair, shards_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    asked = flags(run, shards_dir, steps=100_000, collective_timeout=8, stall_timeout=0)
+    check_cut(pair, pair.launch_without_ssh(asked), run, 8)
+
+
+def test_under_pdsh_the_watchdog_ends_a_run_whose_cable_is_cut(
+    pair: Pair, shards_dir: Path, tmp_path: Path
+) -> None:
+    pair.serve_ssh()
+    run = tmp_path / "run"
+    asked = flags(run, shards_dir, steps=100_000, stall_timeout=8)
+    check_cut(pair, [pair.launch_by_pdsh(asked)], run, 8)

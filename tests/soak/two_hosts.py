@@ -110,6 +110,13 @@ class Pair:
         first = self.hosts[0]
         _run("ip", "-n", first.namespace, "link", "set", first.interface, "down")
 
+    @staticmethod
+    def program(pid: int) -> str:
+        """The command line of a process of one of the hosts, "" once it is gone."""
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+        return ""
+
     def serve_ssh(self) -> None:
         """Start both hosts' sshd. Skips, by name, where there is none."""
         _need(_NEEDED_BY_SSH)
