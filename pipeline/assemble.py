@@ -101,8 +101,10 @@ def _train(stage: Stage, preflight: Preflight, guards: Guards) -> None:
     from pipeline.callbacks.records import Ledger, Metrics
     from pipeline.callbacks.saving import Saving
     from pipeline.data.tokenizer import load as load_tokenizer
+    from pipeline.guards.agreement import RankCheck
     from pipeline.prefetch import Prefetched
-    from pipeline.trainer import Totals, Trainer
+    from pipeline.run_state import RunState
+    from pipeline.trainer import Trainer
 
     guards.network = preflight.join()
     world = distributed.start(timeout_seconds=config.collective_timeout, threads=config.threads)
@@ -167,6 +169,10 @@ def _train(stage: Stage, preflight: Preflight, guards: Guards) -> None:
         warning = redrawn(plan.model, state.get("cut", now), now)
         if warning is not None:
             print(f"{config.name}: {warning}", flush=True)
+    # By the ledger too: a kill may have come between a rollback and the next checkpoint.
+    left_out = folder.discarded_batches(config.global_batch) if world.is_main else None
+    at = RunState.of(config, state)
+    at.positions = at.positions.without(distributed.same_everywhere(left_out))
     trainer = Trainer(
         config,
         world,
@@ -178,13 +184,12 @@ def _train(stage: Stage, preflight: Preflight, guards: Guards) -> None:
             Metrics(),
             Ledger(),
             Progress(),
+            RankCheck(),
             Saving(identity(plan.document), evalsets[0].name),
             Evaluation(evalsets, evaluated, at_start=stage.scores_start),
         ],
-        step=state["step"],
-        totals=Totals(**state["totals"]),
+        state=at,
         attempt=before + 1,
-        skipped_in_a_row=state.get("skipped_in_a_row", 0),
         heart=guards.heart,
     )
     guards.on_orphaned(trainer.ask_stop)
@@ -194,7 +199,7 @@ def _train(stage: Stage, preflight: Preflight, guards: Guards) -> None:
         raise UserError(problem)
     if world.is_main:
         if finished:
-            folder.finish()
+            folder.finish(trainer.step, trainer.end)
         else:
             print(f"{config.name}: stopped after step {trainer.step}; the same command goes on")
     distributed.stop()

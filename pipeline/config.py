@@ -122,6 +122,9 @@ class RunConfig:
     )
     ds_config: str = option("DeepSpeed file: ZeRO, offload, communication", metavar="FILE")
 
+    max_epochs: float | None = option(
+        "the run is finished before any source is gone through more often than this", None
+    )
     seed: int = option("initial weights, sample order and dropout", 0, minimum=0)
     shuffle_window: str | int = option(
         "'all' (uniform over the epoch) or the number of shards mixed at a time", "all"
@@ -168,7 +171,29 @@ class RunConfig:
         "start over where a run's completed checkpoints are gone or none of them is whole", False
     )
     max_skipped_steps: int = option(
-        "non-finite steps in a row, each skipped, before the run ends with an error", 10, minimum=1
+        "steps in a row that are skipped, as not finite or as spikes, before `on_nonfinite`",
+        10,
+        minimum=1,
+    )
+    on_nonfinite: Literal["stop", "rollback"] = option(
+        "after that many: end with an error, or go back to the newest whole checkpoint and leave "
+        "out the batches that were skipped",
+        "stop",
+    )
+    loss_spikes: Literal["off", "skip", "rollback", "stop"] = option(
+        "a step whose loss is a spike: apply it, skip it, go back to the newest whole checkpoint "
+        "and leave its batch out, or end with an error",
+        "off",
+    )
+    spike_threshold: float = option(
+        "robust standard deviations above the median that make a spike", 8.0, minimum=1.0
+    )
+    spike_window: int = option("applied steps that a loss is held against", 128, minimum=8)
+    max_rollbacks: int = option(
+        "times that a run goes back to one checkpoint before it ends with an error", 3, minimum=1
+    )
+    check_ranks_every: int = option(
+        "steps between comparisons of the ranks' parameters (0: never)", 1000, minimum=0
     )
 
     init_from: str | None = option(

@@ -46,6 +46,8 @@ def config_problems(config: RunConfig) -> Iterable[str]:
             "bidirectional_inputs=True: only for finetuning an architecture with a prefix "
             "mask, such as decllm; leave it out"
         )
+    if config.max_epochs is not None and config.max_epochs <= 0:
+        yield f"max_epochs={config.max_epochs}: not above 0; give a number such as 1"
     try:
         named(config.arch, config.size, vocab_size=1024)
     except ValueError as error:

@@ -27,8 +27,8 @@ from pipeline.optim import recipe
 from pipeline.options import UserError
 from pipeline.run_folder import RunFolder
 
-# What a run may change when it goes on: nothing that moves a loss, but micro_batch where a step
-# draws at random in the model (`redrawn`).
+# What a run may change when it goes on: nothing that moves a loss, but micro_batch where steps draw
+# at random (`redrawn`), and what is done about steps that went wrong.
 CHANGEABLE = frozenset(
     {
         "run_dir",
@@ -49,6 +49,12 @@ CHANGEABLE = frozenset(
         "on_failed_save",
         "restart",
         "max_skipped_steps",
+        "on_nonfinite",
+        "loss_spikes",
+        "spike_threshold",
+        "spike_window",
+        "max_rollbacks",
+        "check_ranks_every",
         "threads",
         "collective_timeout",
         "stall_timeout",

@@ -137,6 +137,20 @@ class RunFolder:
                 found.append(int(line["step"]))
         return found
 
+    def rollbacks(self) -> int:
+        """How often the run went back to its newest checkpoint."""
+        count = 0
+        for line in self.lines("checkpoints.jsonl"):
+            if line["event"] in ("saved", "restarted"):
+                count = 0
+            count += line["event"] == "rolled_back"
+        return count
+
+    def discarded_batches(self, global_batch: int) -> list[int]:
+        """The batches that a policy left out for good, by the ledger."""
+        lines = self.lines("ledger.jsonl")
+        return [int(x["start"]) // global_batch for x in lines if x["event"] == "discarded"]
+
     def refuse_lost_checkpoints(self) -> None:
         """Raise UserError where checkpoints were or must have been completed and none is there.
 
@@ -235,9 +249,15 @@ class RunFolder:
         handle.flush()
         _HELD_LOCKS.append(handle)
 
-    def finish(self) -> None:
-        """Mark the run as complete."""
-        self.finished_file.touch()
+    def finish(self, step: int, why: str = "") -> None:
+        """Mark the run as complete, after `step` steps; `why` where that is before its last."""
+        text = json.dumps({"step": step, "reason": why}) + "\n" if why else ""
+        write_atomically(self.finished_file, text)
+
+    def finished_step(self, steps: int) -> int:
+        """The step that a finished run of `steps` ended with."""
+        text = self.finished_file.read_text(encoding="utf-8")
+        return int(json.loads(text)["step"]) if text.strip() else steps
 
 
 def _add_line(file: Path, line: str) -> None:

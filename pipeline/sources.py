@@ -39,13 +39,20 @@ class Share:
     row_sources: Sequence[int] = ()  # the index in `Source.names` of each row, in order
 
 
+class EndOfData(Exception):
+    """A source has no further batch; the message says why."""
+
+
 class Source(Protocol):
     """What the trainer asks for batches."""
 
     names: Sequence[str]  # the sources of which losses are told apart; none where it has one
 
     def share(self, step: int, rank: int, world_size: int) -> Share:
-        """This rank's part of the global batch of `step`, counted from 0."""
+        """This rank's part of the global batch `step`, counted from 0.
+
+        Raises EndOfData where there is none, and UserError where it cannot be read.
+        """
         ...
 
     def epochs(self, step: int) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 import time
 from collections.abc import Sequence
@@ -14,42 +13,20 @@ from pipeline import engine as deepspeed_engine
 from pipeline.callbacks.base import Callback, StepRecord, StopRun
 from pipeline.config import RunConfig
 from pipeline.config_checks import cut
-from pipeline.distributed import World, all_agree, sum_over_ranks
+from pipeline.distributed import World, all_agree
 from pipeline.guards.heartbeat import Heart
+from pipeline.guards.rollback import roll_back
+from pipeline.guards.verdict import judge
 from pipeline.optim.schedule import Schedule
 from pipeline.options import UserError
 from pipeline.run_folder import RunFolder
-from pipeline.sources import Share, Source
+from pipeline.run_state import RunState, Totals
+from pipeline.sources import EndOfData, Share, Source
 from pipeline.step_sums import StepSums
 from pipeline.stopwatch import Stopwatch
+from pipeline.vote import settle
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-
-
-@dataclasses.dataclass
-class Totals:
-    """Counts since the start of the run, those of its parent included."""
-
-    loss_tokens: int = 0
-    processed_tokens: int = 0
-    flops_6n: float = 0
-    flops_model_causal: float = 0
-    flops_model_full: float = 0
-    flops_hardware: float = 0
-    skipped_steps: int = 0
-
-    def add(self, loss_tokens: int, processed_tokens: int, flops: Sequence[float]) -> None:
-        """Count one step; `flops` in the order of the fields."""
-        self.loss_tokens += loss_tokens
-        self.processed_tokens += processed_tokens
-        self.flops_6n += flops[0]
-        self.flops_model_causal += flops[1]
-        self.flops_model_full += flops[2]
-        self.flops_hardware += flops[3]
-
-    def as_record(self) -> dict[str, float]:
-        """The counts under the names that the run folder uses."""
-        return dataclasses.asdict(self)
 
 
 class Trainer:
@@ -64,18 +41,15 @@ class Trainer:
         folder: RunFolder,
         callbacks: Sequence[Callback],
         *,
-        step: int = 0,
-        totals: Totals | None = None,
+        state: RunState | None = None,
         attempt: int = 1,
-        skipped_in_a_row: int = 0,
         heart: Heart | None = None,
     ) -> None:
         self.config = config
         self.world = world
         self.engine = engine
         self.folder = folder
-        self.step = step
-        self.totals = totals or Totals()
+        self.state = state or RunState.of(config)
         self.attempt = attempt
         self.heart = heart or Heart()
         self.heart.attempt = attempt
@@ -84,7 +58,18 @@ class Trainer:
         self.beside: dict[str, float] = {}  # seconds spent in each callback, until someone takes it
         self._clock = Stopwatch(world.device)
         self._stop_asked = False
-        self.skipped_in_a_row = skipped_in_a_row
+        self._skipped: list[StepRecord] = []  # the last ones, those of this attempt
+        self.end = ""  # why the run ended before its last step
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps made, skipped ones included."""
+        return self.state.step
+
+    @property
+    def totals(self) -> Totals:
+        """Counts since the start of the run."""
+        return self.state.totals
 
     def run(self) -> bool:
         """Train to the last step; False when the run was stopped before (its state is saved)."""
@@ -103,11 +88,8 @@ class Trainer:
     def _run(self) -> bool:
         try:
             self.notify("on_start")
-            while self.step < self.config.steps:
-                record = self._train_step()
-                self.skipped_in_a_row = 0 if record.applied else self.skipped_in_a_row + 1
-                self.notify("on_step", record)
-                self._check_skips(record)
+            while self.step < self.config.steps and not self.end:
+                self._advance()
             self.notify("on_end")
         except StopRun:
             self.notify("on_stop")
@@ -117,20 +99,49 @@ class Trainer:
             raise
         return True
 
+    def _advance(self) -> None:
+        """One step and what follows from it."""
+        try:
+            record = self._train_step()
+        except EndOfData as end:
+            if self.step == 0:
+                raise UserError(f"{end}, before the first step") from end
+            self.end = str(end)
+            self.say(f"{end}; the run is finished after step {self.step} of {self.config.steps}")
+            return
+        state = self.state
+        state.skipped_in_a_row = 0 if record.applied else state.skipped_in_a_row + 1
+        self._skipped = [] if record.applied else [*self._skipped, record]
+        verdict = judge(self.config, state, record, self._skipped)
+        if record.applied and not record.is_spike:
+            state.spikes.add(record.loss)
+        if verdict.action == "rollback":
+            roll_back(self, verdict.records, verdict.reason)
+            self._skipped = []
+            return
+        if verdict.action == "stop" and record.is_spike and record.applied:
+            # Its weights are not saved: the run goes on from before.
+            raise UserError(verdict.reason)
+        self.notify("on_step", record)
+        if not record.applied:
+            cause = "its loss is a spike" if record.is_spike else "loss or gradient is not finite"
+            self.say(f"step {record.step}: {cause}; the step was skipped")
+        if verdict.action == "stop":
+            raise UserError(verdict.reason)
+
     def ranks_agree_to_stop(self) -> bool:
         """Whether any rank was asked to stop; called on all ranks together."""
         return not all_agree(not self._stop_asked)
 
     def epochs(self) -> dict[str, float]:
         """How often each source of data has been gone through."""
-        return self._source.epochs(self.step)
+        return self._source.epochs(self.state.positions.batch(self.step))
 
-    def state(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """What a resume needs beside tensors."""
         return {
-            "step": self.step,
+            **self.state.as_record(),
             "attempt": self.attempt,
-            "totals": self.totals.as_record(),
             "cut": cut(self.config, self.world.size),
         }
 
@@ -159,12 +170,11 @@ class Trainer:
         config, world, engine, clock = self.config, self.world, self.engine, self._clock
         clock.start()
         self.heart.begin_step(self.step, "data")
-        share = self._source.share(self.step, world.rank, world.size)
+        share = self._read()
         clock.lap("data")
         self.heart.begin("vote")
-        counts = self._sum_counts(share)
-        if counts.stop:
-            raise StopRun
+        counts = settle(share, stop=self._stop_asked, world=world)
+        assert isinstance(share, Share)
         self.heart.begin("forward")
         rate = Schedule.of(config)(self.step)
         for group in engine.optimizer.param_groups:
@@ -174,29 +184,58 @@ class Trainer:
         torch.manual_seed(hash((config.seed, self.step, world.rank)) % 2**63)
         sums = self._backward(share, counts.target_tokens)
         self.heart.begin("step")
+        # A batch of nothing but padding behind the split has no target, and no gradient.
+        targets, spikes = max(1, counts.target_tokens), self.state.spikes
+        summed = None
+        if config.loss_spikes == "skip":
+            # Before the step, at the price of waiting for the losses.
+            summed = sums.over_ranks(share.flops)
+            if spikes.is_spike(summed.nll / targets):
+                self._spoil(share)
         outcome = deepspeed_engine.step(engine)
-        summed = sums.over_ranks(share.flops)
+        summed = summed or sums.over_ranks(share.flops)
         clock.lap("step")
-        start = self.step * config.global_batch
-        self.step += 1
+        positions = self.state.positions.span(self.step)
+        self.state.step += 1
         self.totals.add(counts.target_tokens, counts.processed_tokens, summed.flops)
         self.totals.skipped_steps += not outcome.applied
         return StepRecord(
             step=self.step,
-            # A batch of nothing but padding behind the split has no target, and no gradient.
-            loss=summed.nll / max(1, counts.target_tokens),
-            z_loss=summed.squared_z / max(1, counts.target_tokens),
+            loss=summed.nll / targets,
+            z_loss=summed.squared_z / targets,
             grad_norm=outcome.grad_norm,
             lr=rate,
             seconds=time.perf_counter() - started,
             step_tokens=counts.processed_tokens,
             step_flops=summed.flops[1],
             applied=outcome.applied,
-            positions=(start, start + config.global_batch),
+            positions=positions,
             sample_hash=counts.sample_hash,
             times=clock.read(),
             loss_by_source=summed.loss_by_source,
+            is_spike=spikes.is_spike(summed.nll / targets),
         )
+
+    def _read(self) -> Share | Exception:
+        """This rank's part of the next batch, or why there is none: the ranks must hear of it."""
+        batch, most = self.state.positions.batch(self.step), self.config.max_epochs
+        try:
+            if most is not None:
+                epochs = self._source.epochs(batch + 1)
+                name = max(epochs, key=lambda each: epochs[each])
+                if epochs[name] > most:
+                    return EndOfData(
+                        f"max_epochs={most:g}: the next batch would exceed it in {name}"
+                    )
+            return self._source.share(batch, self.world.rank, self.world.size)
+        except Exception as error:
+            return error
+
+    def _spoil(self, share: Share) -> None:
+        """Have the step that is due skipped, by the way of a gradient that is not finite."""
+        batch = share.micro_batches[0].to(self.world.device)
+        for terms in self.engine.module.loss_chunks(batch, self.config.z_loss):
+            deepspeed_engine.backward(self.engine, terms.objective * float("nan"))
 
     def _backward(self, share: Share, target_tokens: int) -> StepSums:
         """Gradients of the mean loss over the global batch's target tokens; this rank's sums.
@@ -225,27 +264,3 @@ class Trainer:
             sums.end_micro_batch(share.row_sources[row : row + rows], batch.loss_mask)
             row += rows
         return sums
-
-    def _sum_counts(self, share: Share) -> _Counts:
-        signed = share.sample_hash - 2**64 * (share.sample_hash >= 2**63)
-        row = [share.target_tokens, share.processed_tokens, int(self._stop_asked), signed]
-        summed = sum_over_ranks(torch.tensor(row, dtype=torch.int64, device=self.world.device))
-        targets, processed, stop, hashed = summed.tolist()
-        return _Counts(targets, processed, stop > 0, hashed % 2**64)
-
-    def _check_skips(self, record: StepRecord) -> None:
-        if not record.applied:
-            self.say(f"step {record.step}: loss or gradient is not finite; the step was skipped")
-        if self.skipped_in_a_row >= self.config.max_skipped_steps:
-            raise UserError(
-                f"max_skipped_steps={self.config.max_skipped_steps}: that many steps in a row were "
-                f"not finite, up to step {record.step}; lower lr={self.config.lr} and start again"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Counts:
-    target_tokens: int
-    processed_tokens: int
-    stop: bool
-    sample_hash: int

@@ -166,6 +166,8 @@ def publish_masters(engine: Any) -> None:
     if stage == 3:
         for index in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        # Those that stay gathered between steps would keep what they were gathered from before.
+        optimizer._partition_all_parameters()
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
     elif stage in (1, 2):

@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "supervise": ("tools.supervise.command", "a run that is started again after a crash"),
     "stop": ("tools.stop", "ask a run to save its state and leave"),
     "verify": ("tools.verify", "prove from its ledger which samples a run saw"),
+    "doctor": ("tools.doctor", "where each rank of a run is, and what keeps it"),
     "flops": ("tools.flops", "parameters and FLOPs of an architecture and size"),
     "export": ("tools.export.command", "a run's weights for other programs"),
     "generate": ("tools.generate", "what a trained run writes after a prompt"),

@@ -148,37 +148,36 @@ def findings(
     last = ledger.last_step
     if last > config.steps:
         yield f"step {last}: the run has {config.steps} steps"
-    if folder.is_finished and last < config.steps:
-        yield f"step {last}: is the last, but the run is FINISHED after {config.steps}"
+    if folder.is_finished and last < (end := folder.finished_step(config.steps)):
+        yield f"step {last}: is the last, but the run is FINISHED after {end}"
     saved = [int(path.name[5:]) for path in folder.checkpoints.glob("step_*[0-9]")]
     if saved and max(saved) > last:
         yield f"step {last}: is the last, but there is a checkpoint of step {max(saved)}"
     each = max(1, _SAMPLES_A_TASK // config.global_batch)
-    tasks = [
-        (config, [(step, ledger.steps[step].hash) for step in steps[begin : begin + each]])
-        for begin in range(0, len(steps), each)
-    ]
-    progress = CheckProgress("verify", len(steps), unit="steps")
+    claims = [
+        (step, ledger.positions.span(step - 1)[0], ledger.steps[step].hash) for step in steps
+    ] + [(entry.step, entry.start, entry.hash) for entry in ledger.discarded]
+    tasks = [(config, claims[begin : begin + each]) for begin in range(0, len(claims), each)]
+    progress = CheckProgress("verify", len(claims), unit="steps")
     count = 0
     try:
         for number, found in enumerate(in_order(check_steps, tasks, workers), 1):
             count += len(found)
-            progress.show(min(number * each, len(steps)), count)
+            progress.show(min(number * each, len(claims)), count)
             yield from found
     finally:
         progress.close()
 
 
-def check_steps(task: tuple[RunConfig, list[tuple[int, int]]]) -> list[str]:
-    """Findings of some steps, given with the hashes that the ledger has."""
+def check_steps(task: tuple[RunConfig, list[tuple[int, int, int]]]) -> list[str]:
+    """Findings of some steps, given with their first positions and the hashes in the ledger."""
     from pipeline.data.run_order import batch_hash
     from pipeline.data.shards import CorruptShardError
 
     config, steps = task
     order = open_order(config)
     found = []
-    for step, recorded in steps:
-        start = (step - 1) * config.global_batch
+    for step, start, recorded in steps:
         try:
             expected = batch_hash(order, start, config.global_batch)
         except CorruptShardError as error:
@@ -199,7 +198,7 @@ def summary(
     from pipeline.data.run_order import InstructionOrder
 
     events = ledger.events()
-    position = ledger.last_step * config.global_batch
+    position = ledger.batches * config.global_batch
     if isinstance(order, InstructionOrder):
         epochs = {"flan": position / len(order.store)}
     else:
@@ -224,7 +223,8 @@ def sentence(folder: Path, told: dict[str, Any]) -> str:
     return (
         f"{folder}: steps 1 to {told['steps']:,} of {told['of']:,} saw samples 0 to "
         f"{told['samples']:,} of their order, each once: {told['applied']:,} applied, "
-        f"{told['skipped']:,} skipped, {told['discarded']:,} discarded; {told['attempts']:,} "
+        f"{told['skipped']:,} skipped, and {told['discarded']:,} discarded batches between; "
+        f"{told['attempts']:,} "
         f"attempt{'s' if told['attempts'] != 1 else ''}, {told['made_again']:,} steps made again; "
         f"hashes worked out anew for {told['hashes_checked']:,} steps; epochs: {epochs}{torn}"
     )

@@ -28,6 +28,7 @@ class StepRecord:
     sample_hash: int
     times: Mapping[str, float]  # seconds of each of pipeline.stopwatch.PARTS
     loss_by_source: Mapping[str, float]  # nats per target token
+    is_spike: bool = False  # out of line with the losses before it
 
 
 class StopRun(Exception):
@@ -51,6 +52,15 @@ class Callback:
 
     def on_evaluation(self, trainer: Trainer, result: EvalResult, final: bool) -> None:
         """After an evaluation set was scored; `final` for the finished model."""
+
+    def on_rollback(self, trainer: Trainer) -> None:
+        """Before the run looks for the checkpoint to go back to."""
+
+    def on_discard(self, trainer: Trainer, record: StepRecord) -> None:
+        """When the batch of a step is left out for good."""
+
+    def on_rolled_back(self, trainer: Trainer) -> None:
+        """When the run is back at a checkpoint, in an attempt of its own."""
 
     def on_end(self, trainer: Trainer) -> None:
         """After the last step of the run; not called when the run is stopped before."""

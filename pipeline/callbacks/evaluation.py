@@ -39,6 +39,10 @@ class Evaluation(Callback):
         if self._due(trainer):
             self._evaluate(trainer, final=False)
 
+    def on_rolled_back(self, trainer: Trainer) -> None:
+        """What is trained again is scored again."""
+        self._evaluated = {(step, name) for step, name in self._evaluated if step <= trainer.step}
+
     def _due(self, trainer: Trainer) -> bool:
         if trainer.step == 0:
             return self._at_start

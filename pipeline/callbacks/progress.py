@@ -44,6 +44,10 @@ class Progress(Callback):
         end = "\r" if self._terminal else "\n"
         print(f"\x1b[2K{line}" if self._terminal else line, end=end, file=sys.stderr, flush=True)
 
+    def on_rolled_back(self, trainer: Trainer) -> None:
+        """Estimate anew."""
+        self.on_start(trainer)
+
     def on_end(self, trainer: Trainer) -> None:
         """Leave the terminal's line; say how often each source was gone through."""
         self.on_stop(trainer)

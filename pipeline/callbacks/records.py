@@ -28,6 +28,15 @@ class Metrics(Callback):
     def on_start(self, trainer: Trainer) -> None:
         """Measure or look up the peak that MFU is a share of."""
         self._peak = dense_peak(trainer.world.device, trainer.config.precision)
+        self._open(trainer)
+
+    def on_rolled_back(self, trainer: Trainer) -> None:
+        """Take back what TensorBoard has of the steps that are made again."""
+        if self._writer is not None:
+            self._try(trainer, self._writer.close)
+            self._open(trainer)
+
+    def _open(self, trainer: Trainer) -> None:
         if trainer.world.is_main:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -140,13 +149,20 @@ class Ledger(Callback):
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         """Write the step's line."""
+        self._write(trainer, record, "applied" if record.applied else "skipped")
+
+    def on_discard(self, trainer: Trainer, record: StepRecord) -> None:
+        """The batch is never trained on again: the step will be made with the next one."""
+        self._write(trainer, record, "discarded")
+
+    def _write(self, trainer: Trainer, record: StepRecord, event: str) -> None:
         if trainer.world.is_main:
             trainer.folder.note(
                 "ledger.jsonl",
                 {
                     "step": record.step,
                     "attempt": trainer.attempt,
-                    "event": "applied" if record.applied else "skipped",
+                    "event": event,
                     "start": record.positions[0],
                     "end": record.positions[1],
                     "hash": f"{record.sample_hash:016x}",

@@ -73,6 +73,17 @@ class Saving(Callback):
         if self._retention.is_due(trainer.step):
             self._save(trainer)
 
+    def on_rollback(self, trainer: Trainer) -> None:
+        """What is being written may be what the run goes back to."""
+        self._settle(trainer, self._its_writer.wait())
+
+    def on_rolled_back(self, trainer: Trainer) -> None:
+        """What the run goes on from is saved already; what came after it counts no more."""
+        self._saved_step = self._last_good = trainer.step
+        self._scores = {s: loss for s, loss in self._scores.items() if s <= trainer.step}
+        if trainer.world.is_main:
+            self._look_after(trainer, self._tidy)
+
     def on_evaluation(self, trainer: Trainer, result: EvalResult, final: bool) -> None:
         """The score of a checkpoint decides whether it is the best."""
         if trainer.world.is_main and result.eval_set == self._eval_set:
@@ -114,8 +125,7 @@ class Saving(Callback):
 
     def _begin(self, trainer: Trainer, *, background: bool) -> None:
         state = {
-            **trainer.state(),
-            "skipped_in_a_row": trainer.skipped_in_a_row,
+            **trainer.record(),
             "identity": self._identity,
             "optimizer": checkpoint.optimizer_scalars(trainer.engine),
         }

@@ -9,8 +9,6 @@ lists are ever read, and none before its hash was found right.
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,11 +19,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from pipeline.checkpointing.names import COMPLETE
+from pipeline.checkpointing.names import folder_of as folder_of
+from pipeline.checkpointing.names import list_steps as list_steps
 from pipeline.checkpointing.tensor_file import DTYPES, sha256_of
 from pipeline.options import UserError
 
 FORMAT = 2
-COMPLETE = "COMPLETE.json"
 STATE = "state.json"
 PARTIAL, REPLACED = ".partial", ".replaced"
 MASTER = "master/"
@@ -39,25 +39,9 @@ class Damaged(Exception):
     """A checkpoint is not what was written; the message says what of it."""
 
 
-def folder_of(checkpoints: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies."""
-    return checkpoints / f"step_{step}"
-
-
 def part_name(rank: int) -> str:
     """The tensor file of one rank."""
     return f"rank_{rank:05d}.safetensors"
-
-
-def list_steps(checkpoints: Path) -> list[int]:
-    """Steps that have a folder with a COMPLETE.json, newest first."""
-    try:
-        names = os.listdir(checkpoints)
-    except FileNotFoundError:
-        return []
-    found = [match for match in (re.fullmatch(r"step_(\d+)", name) for name in names) if match]
-    whole = [int(match[1]) for match in found if (checkpoints / match[0] / COMPLETE).exists()]
-    return sorted(whole, reverse=True)
 
 
 def hidden_whole(checkpoints: Path) -> list[Path]:

@@ -34,7 +34,7 @@ class Beat:
         host, pid, created: its process; `created` is when it began, in Unix seconds.
         attempt: of the run.
         step: steps made.
-        phase: what its main thread does: start, data, vote, forward, backward, step, save,
+        phase: what its main thread does: start, data, vote, forward, backward, step, check, save,
             evaluate; at last ended or failed.
         laps: phases begun in this step.
         since: when the phase began, in Unix seconds of its host.

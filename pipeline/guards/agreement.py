@@ -1,0 +1,104 @@
+"""Whether all ranks hold the same values where they should: by hash, one parameter at a time.
+
+What is compared is what a rank computes with: at stages 0 to 2 its whole working parameters, at
+stage 3 each parameter as it is gathered (those that stay gathered included), and what an optimizer
+keeps whole on every rank. A rank whose memory or network lies would otherwise train another model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline import zero_layout
+from pipeline.callbacks.base import Callback, StepRecord
+from pipeline.options import Fault
+
+if TYPE_CHECKING:
+    from pipeline.trainer import Trainer
+
+_CHUNK = 1 << 20  # elements that are widened to int64 at a time
+_MIX = -7046029254386353131  # 2**64 over the golden ratio, odd, as int64
+_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def tensor_hash(tensor: torch.Tensor) -> int:
+    """64 bits of a tensor's bytes, by sums modulo 2**64 on its own device.
+
+    Each word is multiplied by an odd number of its own place: one changed word always changes it.
+    """
+    words = tensor.detach().reshape(-1).contiguous()
+    words = words.view(_WORDS[words.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, words.numel(), _CHUNK):
+        part = words[start : start + _CHUNK].long()
+        places = torch.arange(start, start + part.numel(), device=tensor.device)
+        total += (part * (places * _MIX * 2 + 1)).sum()
+    return int(total)
+
+
+def minority(hashes: Sequence[int]) -> list[int]:
+    """The ranks whose hash is not the one that most have; all where none is held by more."""
+    if len(set(hashes)) == 1:
+        return []
+    (most, votes), *others = Counter(hashes).most_common()
+    if others[0][1] == votes:
+        return list(range(len(hashes)))
+    return [rank for rank, each in enumerate(hashes) if each != most]
+
+
+def local_hashes(engine: Any) -> dict[str, int]:
+    """Name to hash of everything that should be the same on all ranks; a collective."""
+    hashes = {name: tensor_hash(whole) for name, whole in _whole_parameters(engine)}
+    for key, value in zero_layout.replicated_state(engine).items():
+        hashes[f"optimizer state {key}"] = tensor_hash(value)
+    return hashes
+
+
+def _whole_parameters(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    import deepspeed
+
+    is_cut = engine.zero_optimization_stage() == 3
+    for name, parameter in engine.module.named_parameters():
+        gather = deepspeed.zero.GatheredParameters([parameter]) if is_cut else nullcontext()
+        with gather:
+            yield name, parameter.data
+
+
+def disagreements(hashes: dict[str, int], world_size: int, device: torch.device) -> dict[str, Any]:
+    """Name to the ranks in the minority, of what is not the same on all; a collective."""
+    mine = torch.tensor(list(hashes.values()), dtype=torch.int64, device=device)
+    everyones = [torch.empty_like(mine) for _ in range(world_size)]
+    dist.all_gather(everyones, mine)
+    columns = torch.stack(everyones).T.tolist()
+    found = {name: minority(column) for name, column in zip(hashes, columns, strict=True)}
+    return {name: ranks for name, ranks in found.items() if ranks}
+
+
+class RankCheck(Callback):
+    """Ends the run where ranks hold different values, before they are saved."""
+
+    phase = "check"
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """Compare at every `check_ranks_every`-th step. Raises Fault on every rank."""
+        every, size = trainer.config.check_ranks_every, trainer.world.size
+        if not every or size == 1 or trainer.step % every:
+            return
+        found = disagreements(local_hashes(trainer.engine), size, trainer.world.device)
+        if not found:
+            return
+        name, ranks = next(iter(found.items()))
+        who = f"rank(s) {', '.join(map(str, ranks))} hold other values than the rest"
+        if len(ranks) == size:
+            who = f"ranks 0 to {size - 1} hold different values, and no majority the same"
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        raise Fault(
+            f"check_ranks_every={every}: after step {trainer.step} {who} of {name}{more}; see to "
+            "that rank's memory and network; the same command goes on from the last checkpoint"
+        )

@@ -1,0 +1,239 @@
+"""Steps that went wrong, on forked ranks: skipped, left out, stopped at; and what verify says."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.entry import flags, losses, records, run_entry
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_guards import words
+from tests.distributed.test_pretrain import poison_steps
+
+pytestmark = pytest.mark.distributed
+SPIKE = 11  # the batch whose loss is made one
+SOME = {"steps": 14, "checkpoint_every": 5, "keep_checkpoints": 9, "spike_window": 8}
+
+
+def prove(run: Path) -> dict[str, Any]:
+    """What `isoflop verify` says of a run without a finding."""
+    from tools.cli import dispatch
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        dispatch(["verify", str(run), "--workers=1", "--json"])
+    told: dict[str, Any] = json.loads(out.getvalue())
+    return told
+
+
+def with_trainer(argv: list[str], change: Callable[..., None], *details: Any) -> None:
+    """Train after `change(Trainer, *details)`."""
+    from pipeline import pretrain, trainer
+    from pipeline.assemble import run_stage
+
+    change(trainer.Trainer, *details)
+    sys.argv = ["pipeline/pretrain.py", *argv]
+    run_stage(pretrain.STAGE)
+
+
+def spike_at(trainer: Any, batch: int) -> None:
+    """The loss of one batch of the order is told a hundred times too large by rank 1."""
+    original = trainer._backward
+
+    def raised(self: Any, *args: Any) -> Any:
+        sums = original(self, *args)
+        if self.state.positions.batch(self.step) == batch and self.world.rank == 1:
+            sums._loss[0] *= 100
+        return sums
+
+    trainer._backward = raised
+
+
+def without_batch(trainer: Any, batch: int) -> None:
+    """As if one batch had never been there."""
+    original = trainer.run
+
+    def run(self: Any) -> bool:
+        self.state.positions = self.state.positions.without([batch])
+        return bool(original(self))
+
+    trainer.run = run
+
+
+def nan_at(trainer: Any, batches: tuple[int, ...]) -> None:
+    """Batches whose gradient is no number, on rank 1 alone."""
+    original = trainer._backward
+
+    def poisoned(self: Any, *args: Any) -> Any:
+        bad = self.state.positions.batch(self.step) in batches and self.world.rank == 1
+        if not bad:
+            return original(self, *args)
+        model = self.engine.module
+        chunks = model.loss_chunks
+        model.loss_chunks = lambda *a: (
+            terms._replace(objective=terms.objective * math.nan) for terms in chunks(*a)
+        )
+        try:
+            return original(self, *args)
+        finally:
+            del model.loss_chunks
+
+    trainer._backward = poisoned
+
+
+def other_on_rank_1(trainer: Any, step: int) -> None:
+    """One bit of one parameter differs on rank 1 after a step."""
+    original = trainer._train_step
+
+    def flipped(self: Any) -> Any:
+        record = original(self)
+        if self.step == step and self.world.rank == 1:
+            name, parameter = next(iter(self.engine.module.named_parameters()))
+            assert name == "embedding.weight"
+            parameter.data.view(-1)[3:4].view(torch.uint8)[0] ^= 1
+        return record
+
+    trainer._train_step = flipped
+
+
+def unreadable(trainer: Any, step: int) -> None:
+    """Rank 1 finds a corrupt block."""
+    from pipeline.data.shards import CorruptShardError
+
+    original = trainer._read
+
+    def read(self: Any) -> Any:
+        if self.step == step and self.world.rank == 1:
+            return CorruptShardError("shard x.tar: block 3 is not what was written")
+        return original(self)
+
+    trainer._read = read
+
+
+def test_a_rollback_leaves_the_batch_out_as_if_it_had_never_been(
+    shards_dir: Path, tmp_path: Path
+) -> None:
+    run, clean = tmp_path / "run", tmp_path / "clean"
+    asked = words(flags(run, shards_dir, **SOME, loss_spikes="rollback"))
+    run_ranks(with_trainer, 2, asked, spike_at, SPIKE)
+    asked = words(flags(clean, shards_dir, **SOME))
+    run_ranks(with_trainer, 2, asked, without_batch, SPIKE)
+    # Bit for bit, and undisturbed by the policy before and by the rollback after the spike.
+    assert losses(run) == losses(clean)
+    made = [(line["step"], line["attempt"]) for line in records(run, "metrics.jsonl")]
+    assert made == [*[(s, 1) for s in range(1, 12)], *[(s, 2) for s in range(11, 15)]]
+    events = [line["event"] for line in records(run, "ledger.jsonl")]
+    assert events == ["applied"] * 11 + ["discarded"] + ["applied"] * 4
+    (back,) = [r for r in records(run, "checkpoints.jsonl") if r["event"] == "rolled_back"]
+    assert (back["step"], back["from"], back["discarded"]) == (10, 12, [SPIKE])
+    told = prove(run)
+    assert (told["applied"], told["discarded"], told["samples"]) == (14, 1, 15 * 12)
+
+    # A kill before any checkpoint knows of it, and another number of ranks: the ledger knows.
+    shutil.rmtree(run / "checkpoints" / "step_14")
+    (run / "FINISHED").unlink()
+    run_entry("pretrain", 1, flags(run, shards_dir, **SOME, loss_spikes="rollback"))
+    assert losses(run) == pytest.approx(losses(clean), rel=1e-5)
+    told = prove(run)
+    assert (told["attempts"], told["discarded"], told["samples"]) == (3, 1, 15 * 12)
+
+
+@pytest.mark.parametrize(
+    "stage", [0, 3, *[pytest.param(s, marks=pytest.mark.soak) for s in (1, 2)]]
+)
+def test_at_every_stage_what_is_not_finite_or_a_spike_is_skipped_on_all_ranks(
+    stage: int, shards_dir: Path, tmp_path: Path
+) -> None:
+    settings = tmp_path / "ds.json"
+    settings.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    some = {**SOME, "steps": 13, "checkpoint_every": 0, "ds_config": settings}
+    run, twice = tmp_path / "run", tmp_path / "twice"
+    asked = words(flags(run, shards_dir, **some, loss_spikes="skip"))
+    run_ranks(with_trainer, 2, asked, nan_and_spike)
+    assert [r["step"] for r in records(run, "metrics.jsonl") if r["skipped"]] == [3, SPIKE + 1]
+    # The same as where both gradients were not finite: neither moved anything.
+    asked = words(flags(twice, shards_dir, **some))
+    run_ranks(poison_steps, 2, asked, {2: "objective", SPIKE: "objective"})
+    ours, expected = losses(run), losses(twice)
+    assert all(math.isfinite(ours[s]) for s in ours if s != 3)
+    differing = {s for s in ours if ours[s] != expected[s]}
+    assert differing <= {3, SPIKE + 1}
+    assert prove(run)["skipped"] == 2
+
+
+def nan_and_spike(trainer: Any) -> None:
+    nan_at(trainer, (2,))
+    spike_at(trainer, SPIKE)
+
+
+def test_after_a_row_of_skipped_steps_the_run_goes_back_but_not_for_ever(
+    shards_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    some = {"steps": 6, "checkpoint_every": 2, "max_skipped_steps": 2, "max_rollbacks": 1}
+    asked = words(flags(run, shards_dir, **some, on_nonfinite="rollback"))
+    run_ranks(with_trainer, 2, asked, nan_at, (2, 3))
+    left_out = [r for r in records(run, "ledger.jsonl") if r["event"] == "discarded"]
+    assert [(r["step"], r["start"]) for r in left_out] == [(3, 24), (4, 36)]
+    assert prove(run)["samples"] == 8 * 12
+    never = tmp_path / "never"
+    asked = words(flags(never, shards_dir, **some, on_nonfinite="rollback"))
+    with pytest.raises(AssertionError, match="max_rollbacks=1: the run went back to step 2"):
+        run_ranks(with_trainer, 2, asked, nan_at, (2, 3, 4, 5))
+
+
+def test_ranks_that_hold_different_parameters_end_the_run(shards_dir: Path, tmp_path: Path) -> None:
+    asked = flags(tmp_path / "run", shards_dir, check_ranks_every=2, ds_config=tmp_path / "ds.json")
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    told = (
+        "check_ranks_every=2: after step 4 rank\\(s\\) 1 hold other values than the rest of "
+        "embedding.weight"
+    )
+    with pytest.raises(AssertionError, match=told):
+        run_ranks(with_trainer, 3, words(asked), other_on_rank_1, 4)
+    run_entry("pretrain", 2, {**flags(tmp_path / "cut", shards_dir), "check_ranks_every": 2})
+
+
+def test_a_corrupt_block_on_one_rank_ends_all_with_the_same_line(
+    shards_dir: Path, tmp_path: Path
+) -> None:
+    asked = words(flags(tmp_path / "run", shards_dir))
+    for rank in (0, 1):
+        (tmp_path / f"told-{rank}").mkdir()
+    run_ranks(told_by_each, 2, asked, tmp_path)
+    told = {(tmp_path / f"told-{rank}" / "error").read_text() for rank in (0, 1)}
+    assert told == {"rank 1: shard x.tar: block 3 is not what was written"}
+
+
+def told_by_each(argv: list[str], folder: Path) -> None:
+    """What each rank ends with."""
+    import os
+
+    from pipeline.options import UserError
+
+    with pytest.raises(UserError) as caught:
+        with_trainer(argv, unreadable, 2)
+    (folder / f"told-{os.environ['RANK']}" / "error").write_text(str(caught.value))
+
+
+def test_data_that_end_end_the_run_and_finish_it(shards_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    asked = flags(run, shards_dir, max_epochs=0.001)
+    run_entry("pretrain", 2, asked)
+    finished = json.loads((run / "FINISHED").read_text())
+    steps = len(records(run, "metrics.jsonl"))
+    assert finished["step"] == steps == 3
+    assert finished["reason"].startswith("max_epochs=0.001: ")
+    assert (run / "checkpoints" / "step_3" / "COMPLETE.json").exists()
+    assert records(run, "eval.jsonl")[-1]["final"]
+    assert prove(run)["steps"] == 3

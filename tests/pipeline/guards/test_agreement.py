@@ -1,0 +1,51 @@
+"""Hashes that see one changed bit, and who is outvoted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.guards import agreement
+from pipeline.guards.agreement import minority, tensor_hash
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
+def test_any_flipped_bit_changes_the_hash(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensor = torch.rand(7, 11, generator=generator).mul(200).to(dtype)
+    before = tensor_hash(tensor)
+    assert tensor_hash(tensor.clone()) == before
+    raw = tensor.view(torch.uint8).view(-1)
+    for place in range(raw.numel()):
+        for bit in (1, 128):
+            raw[place] ^= bit
+            assert tensor_hash(tensor) != before
+            raw[place] ^= bit
+    assert tensor_hash(tensor) == before
+
+
+def test_values_that_change_places_change_the_hash_and_chunks_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tensor = torch.arange(1000.0)
+    before = tensor_hash(tensor)
+    assert tensor_hash(tensor.flip(0)) != before
+    assert tensor_hash(tensor.view(10, 100).T.contiguous().T) == before
+    monkeypatch.setattr(agreement, "_CHUNK", 64)
+    assert tensor_hash(tensor) == before
+    assert tensor_hash(torch.zeros(0)) == 0
+
+
+@given(st.lists(st.integers(0, 2), min_size=2, max_size=9))
+def test_the_outvoted_are_named_or_all(hashes: list[int]) -> None:
+    found = minority(hashes)
+    counts = sorted((hashes.count(value) for value in set(hashes)), reverse=True)
+    if len(counts) == 1:
+        assert found == []
+    elif counts[0] == counts[1]:
+        assert found == list(range(len(hashes)))
+    else:
+        assert len(found) == len(hashes) - counts[0]
+        assert len({hashes[rank] for rank in range(len(hashes)) if rank not in found}) == 1
