@@ -130,7 +130,9 @@ class Trainer:
             raise UserError(verdict.reason)
 
     def ranks_agree_to_stop(self) -> bool:
-        """Whether any rank was asked to stop; called on all ranks together."""
+        """Whether any rank was asked to stop; called on all ranks together, now and then."""
+        # A long evaluation goes on: it asks this between its batches.
+        self.heart.begin(self.heart.phase)
         return not all_agree(not self._stop_asked)
 
     def epochs(self) -> dict[str, float]:

@@ -58,11 +58,7 @@ class Evaluation(Callback):
             if not final and (trainer.step, evalset.name) in self._evaluated:
                 continue
             result = evaluate(
-                trainer.engine.module,
-                evalset,
-                trainer.world,
-                trainer.ranks_agree_to_stop,
-                between=lambda: trainer.heart.begin(self.phase),
+                trainer.engine.module, evalset, trainer.world, trainer.ranks_agree_to_stop
             )
             trainer.notify("on_evaluation", result, final)
             trainer.say(

@@ -160,12 +160,9 @@ def evaluate(
     evalset: EvalSet,
     world: World,
     stop_agreed: Callable[[], bool] = lambda: False,
-    *,
-    between: Callable[[], None] = lambda: None,
 ) -> EvalResult:
     """The loss of `model` on `evalset`; every rank calls it and gets the same result.
 
-    `between` is called before each batch: an evaluation may take long without standing still.
     Raises StopRun where `stop_agreed`, which is asked now and then on every rank, says so.
     """
     training = model.training
@@ -173,7 +170,6 @@ def evaluate(
     nll = torch.zeros((), dtype=torch.float64, device=world.device)
     with torch.no_grad():
         for number, batch in enumerate(evalset.batches):
-            between()
             if number % BATCHES_BETWEEN_STOPS == 0 and stop_agreed():
                 model.train(training)
                 raise StopRun
