@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +14,7 @@ from pipeline.options import UserError
 _READ_BYTES = 1 << 18
 # One call unpacks all it is given: 4 KiB of zstd become 128 MiB at the very most.
 _PACKED_BYTES = 1 << 12
+_GZIP = 16 + zlib.MAX_WBITS  # zlib: expect gzip's header and checksum
 # `zstd --long=29`: what a frame may ask for is held in memory.
 _MAX_WINDOW = 1 << 29
 _SKIP_BYTES = 1 << 20
@@ -49,9 +49,12 @@ def open_stream(path: Path, position: Position | None = None) -> Iterator[IO[byt
             if position is not None:
                 position.watch(raw)
             if path.suffix == ".gz":
-                yield io.BufferedReader(gzip.GzipFile(fileobj=raw), _READ_BYTES)
+                # Python's own reader passes over flags that the format forbids.
+                members = _Frames(raw, lambda: zlib.decompressobj(_GZIP), padding=b"\0")
+                yield io.BufferedReader(members, _READ_BYTES)
             elif path.suffix == ".zst":
-                yield io.BufferedReader(_ZstdFile(raw), _READ_BYTES)
+                decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
+                yield io.BufferedReader(_Frames(raw, decompressor.decompressobj), _READ_BYTES)
             else:
                 yield raw
     except (OSError, EOFError, zlib.error, zstandard.ZstdError, MemoryError) as error:
@@ -60,15 +63,19 @@ def open_stream(path: Path, position: Position | None = None) -> Iterator[IO[byt
         ) from None
 
 
-class _ZstdFile(io.RawIOBase):
-    """zstd frames one after another; unlike zstandard's own stream, a cut one raises EOFError."""
+class _Frames(io.RawIOBase):
+    """zstd frames or gzip members one after another; a cut one raises EOFError.
 
-    def __init__(self, raw: IO[bytes]) -> None:
-        import zstandard
+    Args:
+        raw: what is packed.
+        begin: makes what unpacks the next frame.
+        padding: a byte of which any number may stand behind a frame.
+    """
 
-        self._raw = raw
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
+    def __init__(self, raw: IO[bytes], begin: Callable[[], Any], padding: bytes = b"") -> None:
+        self._raw, self._begin, self._padding = raw, begin, padding
         self._frame: Any = None
+        self._any = False
         self._packed = b""
         self._unpacked = memoryview(b"")
 
@@ -80,10 +87,14 @@ class _ZstdFile(io.RawIOBase):
             self._packed = self._packed or self._raw.read(_PACKED_BYTES)
             if not self._packed:
                 if self._frame is not None:
-                    raise EOFError("it ends inside a zstd frame")
+                    raise EOFError("it ends inside a frame")
                 return 0
             if self._frame is None:
-                self._frame = self._decompressor.decompressobj()
+                if self._any and self._padding:
+                    self._packed = self._packed.lstrip(self._padding)
+                    if not self._packed:
+                        continue
+                self._frame, self._any = self._begin(), True
             self._unpacked = memoryview(self._frame.decompress(self._packed))
             self._packed = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:

@@ -54,6 +54,7 @@ class ShardTable:
         self._starts = self._ends - self.shard_sequences
         self._readers: list[ShardReader | None] = [None] * len(shards)
         self._opened: deque[int] = deque()
+        self._asked: set[tuple[int, int, int]] = set()
         self._most_open = most_open or _files_allowed(len(shards))
 
     def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -109,19 +110,38 @@ class ShardTable:
             ids[row] = reader.ids[word : word + length]
         return ids
 
-    def will_need(self, plan: np.ndarray) -> None:
+    def will_need(self, plan: np.ndarray, piece: int = 1) -> None:
         """Ask the kernel to bring what is planned into memory, without waiting for it.
 
         What lies behind a URL and is not here is left alone: fetching it would be waiting.
+
+        Args:
+            piece: bytes, a multiple of a page; where given, whole such pieces of the files are
+                asked for, each once until `forget_asked`: a request costs the kernel about as much
+                for sixteen pages as for one. Good where all of them can stay until they are read.
         """
+        asked = self._asked
         for shard, low, end, sum_at, blocks, _ in plan.tolist():
-            reader = self._readers[shard]
-            if reader is None:
-                if not self._is_here(self._shards[shard]):
-                    continue
-                reader = self._open(shard)
-            reader.will_need(low, min(low + blocks * CHUNK_BYTES, end))
-            reader.will_need(sum_at * 8, (sum_at + blocks) * 8)
+            for begin, stop in (
+                (low, min(low + blocks * CHUNK_BYTES, end)),
+                (sum_at * 8, (sum_at + blocks) * 8),
+            ):
+                if piece > 1:
+                    begin, stop = begin // piece * piece, -(-stop // piece) * piece
+                    if (shard, begin, stop) in asked:
+                        continue
+                reader = self._readers[shard]
+                if reader is None:
+                    if not self._is_here(self._shards[shard]):
+                        break
+                    reader = self._open(shard)
+                reader.will_need(begin, stop)
+                if piece > 1:
+                    asked.add((shard, begin, stop))
+
+    def forget_asked(self) -> None:
+        """Ask for pieces again: they may have had to make room."""
+        self._asked.clear()
 
     def _open(self, shard: int) -> ShardReader:
         described = self._shards[shard]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -20,6 +22,7 @@ __all__ = ["SampleBatch", "SequenceStore", "TrainingOrder"]
 _PLANNED_AT_ONCE = 8192  # sequences whose order is worked out together, which vectorises
 _READ_AHEAD = 256  # sequences that the kernel is asked for before they are read
 _LOOK_BATCHES = 16  # batches after which it is looked which shards of a URL come next
+_PIECE = 1 << 16  # bytes asked for together where a window fits in memory
 _PROBE = 16  # batches over which it is seen whether reads wait for the disk
 _AHEAD_BATCHES = 4096  # batches with read-ahead before it is seen again
 
@@ -92,6 +95,8 @@ class TrainingOrder:
         self._first_numbers = store.first_numbers[columns]
         self._planned = _Planned({}, *[np.zeros(0, np.int64)] * 3)
         self._disk = _DiskWatch()
+        # `needed` is of two windows: while one is read, the next is begun.
+        self._piece = _PIECE if 2 * needed < memory_to_spare() else 1
         self._looked = -1
         self._fetcher = None if store.cache is None else FetchAhead(store.cache)
 
@@ -138,10 +143,12 @@ class TrainingOrder:
                 self._fetcher.want(self.shards_ahead(start))
         planned, end = self._planned, row + count
         if self._disk.is_slow():
+            if self._disk.began:
+                self.store.table.forget_asked()
             # The first batch of a plan asks for those after it too, the others for one more each.
             reach = max(1, _READ_AHEAD // count) * count
             begin = end if row == 0 else row + reach
-            self.store.table.will_need(planned.reads[begin : end + reach])
+            self.store.table.will_need(planned.reads[begin : end + reach], self._piece)
         ids = self.store.table.read(planned.reads[row:end])
         return SampleBatch(planned.numbers[row:end], ids, planned.valid[row:end])
 
@@ -187,16 +194,21 @@ class _DiskWatch:
     Asking the kernel costs about as much as reading a page that is in memory, so nothing is asked
     for while everything is. What is asked for comes without faults: now and then it is seen again
     without asking.
+
+    Attributes:
+        began: whether the last answer was the first that said so.
     """
 
     def __init__(self) -> None:
         self._batches = 0
         self._faults = -1
         self._slow = False
+        self.began = False
 
     def is_slow(self) -> bool:
         """Whether to ask for what comes next; called once a batch."""
         self._batches += 1
+        before = self._slow
         if self._slow:
             if self._batches >= _AHEAD_BATCHES:
                 self._slow, self._batches, self._faults = False, 0, -1
@@ -204,4 +216,20 @@ class _DiskWatch:
             faults = resource.getrusage(resource.RUSAGE_THREAD).ru_majflt
             self._slow = 0 <= self._faults < faults
             self._faults, self._batches = faults, 0
+        self.began = self._slow and not before
         return self._slow
+
+
+def memory_to_spare() -> int:
+    """Bytes that this machine, or the control group of this process, could still fill; 0: unknown.
+
+    Only what other files' pages take is given up for it.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) << 10 for line in lines if "MemAvailable" in line)
+    except (OSError, ValueError, StopIteration):
+        return 0
+    with contextlib.suppress(OSError, ValueError):  # no control group, or no limit
+        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return available

@@ -241,7 +241,7 @@ class ShardReader:
     def will_need(self, begin: int, end: int) -> None:
         """Ask the kernel to bring bytes [begin, end) into memory, without waiting for it."""
         page = begin // mmap.PAGESIZE * mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_WILLNEED, page, end - page)
+        self._map.madvise(mmap.MADV_WILLNEED, page, min(end, len(self._map)) - page)
 
     def read(
         self, sample: int, member: str, start: int = 0, count: int | None = None

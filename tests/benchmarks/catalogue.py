@@ -6,8 +6,10 @@ from tests.benchmarks import (
     encoder_decoder_steps,
     entp_steps,
     feeding,
+    feeding_cold,
     heads,
     megatron,
+    megatron_feeding,
     model_steps,
     optimizer_step,
     sgemm,
@@ -21,7 +23,9 @@ ALL: dict[str, Benchmark] = {
     for module in (
         tokenising,
         megatron,
+        megatron_feeding,
         feeding,
+        feeding_cold,
         model_steps,
         encoder_decoder_steps,
         sgemm,
@@ -37,7 +41,5 @@ ALL: dict[str, Benchmark] = {
 ABSENT_PEERS: dict[str, str] = {
     "entp-authors": "a checkout of the authors' code (ENTP_DIR) and its model "
     "class; entp-loop-* compares with the same algorithm in torch's own operations",
-    "feeding-megatron": "MEGATRON_DIR, its compiled index builder, and tokens "
-    "in its .bin/.idx format",
     "tokenise-litdata": "an environment with litdata",
 }

@@ -99,18 +99,29 @@ def sequences_in_order(folder: Path) -> Iterator[np.ndarray]:
 
 def litdata_loader(folder: Path) -> Callable[[int], Iterator[np.ndarray]]:
     """Epoch number → litdata's TokensLoader over chunks of 64 MiB, shuffled."""
+    write_litdata(folder)
+    return litdata_epochs(folder)
+
+
+def write_litdata(folder: Path) -> None:
+    """The sequences of the shards as litdata's chunks."""
     import litdata
     import torch
-
-    out = str(folder / "litdata")
-    item_loader = litdata.TokensLoader(block_size=SEQ_LEN)
     from litdata.streaming.writer import BinaryWriter
 
-    writer = BinaryWriter(out, chunk_bytes=64 << 20, item_loader=item_loader)
+    item_loader = litdata.TokensLoader(block_size=SEQ_LEN)
+    writer = BinaryWriter(str(folder / "litdata"), chunk_bytes=64 << 20, item_loader=item_loader)
     for number, ids in enumerate(sequences_in_order(folder)):
         writer[number] = torch.from_numpy(ids.astype(np.uint16))
     writer.done()
     writer.merge()
+
+
+def litdata_epochs(folder: Path) -> Callable[[int], Iterator[np.ndarray]]:
+    """Epoch number → its batches, from what `write_litdata` wrote."""
+    import litdata
+
+    out, item_loader = str(folder / "litdata"), litdata.TokensLoader(block_size=SEQ_LEN)
 
     def epoch(number: int) -> Iterator[np.ndarray]:
         data = litdata.StreamingDataset(out, item_loader=item_loader, shuffle=True, seed=number)

@@ -224,7 +224,57 @@ def against_datatrove(folder: Path) -> Contest:
     return contest(folder, "datatrove")
 
 
+def whole_command(corpus: str, model: str, output: str) -> dict[str, Any]:
+    """CPU-seconds of `isoflop tokenize` from its start to its exit code; documents made."""
+    import subprocess
+    import sys
+
+    from pipeline.data.manifest import read_manifest
+
+    before = cpu_seconds_so_far()
+    flags = ["--input", corpus, "--output", output, "--tokenizer", model]
+    command = [sys.executable, "-m", "tools.cli", "tokenize", *flags]
+    subprocess.run(command, check=True, capture_output=True)
+    spent = cpu_seconds_so_far() - before
+    return {"work": spent, "documents": sum(s.documents for s in read_manifest(output).shards)}
+
+
+def start_up(folder: Path) -> Contest:
+    """All that one row costs: imports, models, probes, the end."""
+    model = make_tokenizer(folder, make_corpus(folder, TEXT_BYTES), VOCAB_SIZE)
+    write_huggingface_tokenizer(model)
+    (folder / "row").mkdir()
+    row = folder / "row" / "row.jsonl"
+    row.write_text('{"text": "one row"}\n')
+
+    def ours() -> Sample:
+        output = folder / "command"
+        found = in_fresh_process(whole_command, str(row), str(model), str(output))
+        shutil.rmtree(output)
+        return Sample(found["work"], found["documents"])
+
+    def theirs() -> Sample:
+        output = folder / "datatrove"
+        found = in_fresh_process(run_side, "datatrove", str(row), str(model), str(output))
+        shutil.rmtree(output)
+        return Sample(found["start_up"] + found["work"], 1)
+
+    def check(made: int, expected: int) -> None:
+        if made != expected:
+            raise UnequalWork(f"{made} documents, {expected} expected")
+
+    return Contest(ours=ours, theirs=theirs, check=check)
+
+
 BENCHMARKS = (
+    Benchmark(
+        name="tokenise-start-up",
+        ours="isoflop tokenize, the whole command on one row, datatrove's executor included",
+        theirs="datatrove's JsonlReader and DocumentTokenizer on the same row",
+        process="fresh processes",
+        prepare=start_up,
+        note=f"{VOCAB_SIZE:,} BPE ids; CPU-seconds from the start of Python to its end",
+    ),
     Benchmark(
         name="tokenise-sentencepiece",
         ours="isoflop tokenize's step: JSONL to checked, hashed WebDataset shards",

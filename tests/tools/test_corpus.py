@@ -67,6 +67,18 @@ def test_a_cut_archive_names_the_file(tmp_path, suffix):
         list(read_rows(path))
 
 
+def test_gzip_members_may_be_padded_but_have_no_flags_that_the_format_forbids(tmp_path):
+    member = gzip.compress(b'{"text": "one"}\n')
+    path = tmp_path / "x.jsonl.gz"
+    # More padding than is read at once.
+    path.write_bytes(member + bytes(10_000) + member + bytes(5_000))
+    assert [row.text for row in read_documents(path)] == ["one", "one"]
+    for content in (member + b"garbage", member[:3] + b"\x80" + member[4:], bytes(9) + member):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"x\.jsonl\.gz.*to its end"):
+            list(read_documents(path))
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [

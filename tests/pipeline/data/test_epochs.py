@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.data import loader
 from pipeline.data.loader import TrainingOrder
 from pipeline.data.manifest import Manifest, Shard, TokenizerInfo, write_manifest
 from pipeline.data.sequences import SequenceStore
+from pipeline.data.shards import ShardReader
 
 settings_of_orders = {
     "seed": st.integers(0, 99),
@@ -122,9 +124,9 @@ def test_read_ahead_asks_for_each_sequence_once_and_changes_nothing(shards, monk
     asked = []
     will_need = store.table.will_need
 
-    def noted(plan):
+    def noted(plan, piece):
         asked.extend(plan.tolist())
-        will_need(plan)
+        will_need(plan, piece)
 
     monkeypatch.setattr(store.table, "will_need", noted)
     order = TrainingOrder(store, 2)
@@ -135,3 +137,31 @@ def test_read_ahead_asks_for_each_sequence_once_and_changes_nothing(shards, monk
     # What follows the first batch, in order, well ahead of what was read.
     assert asked == first[:count]
     assert count >= 96 + 128
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_where_a_window_fits_in_memory_whole_pieces_are_asked_for_once(shards, monkeypatch, fits):
+    store = SequenceStore(shards, "train", 64)
+    needed = store.window_bytes(store.sources, "all")
+    monkeypatch.setattr(loader, "memory_to_spare", lambda: 2 * needed + fits)
+    monkeypatch.setattr(loader, "_PIECE", 4096)
+    asked, will_need = [], ShardReader.will_need
+
+    def noted(self, begin, end):
+        asked.append((self.path, begin, end))
+        will_need(self, begin, end)
+
+    monkeypatch.setattr(ShardReader, "will_need", noted)
+    order = TrainingOrder(store, 2)
+    monkeypatch.setattr(order._disk, "is_slow", lambda: True)
+    for start in range(0, store.total, 8):
+        order.batch(start, 8)
+    repeats = len(asked) - len(set(asked))
+    whole = all(begin % 4096 == end % 4096 == 0 for _, begin, end in asked)
+    assert (repeats == 0, whole) == (fits, fits)
+    if fits:
+        # What was forgotten is asked for again.
+        before = len(asked)
+        monkeypatch.setattr(order._disk, "began", True)
+        order.batch(store.total, 8)
+        assert len(asked) > before
