@@ -82,7 +82,7 @@ class ModelConfig:
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
 
-    entp_chunk_pairs: int = 768
+    entp_chunk_pairs: int = 960
     """ENTP: most (token, prefix) pairs of one back-propagated chunk; bounds the memory. Fewer make
     matrix products too small to be fast, more only cost memory."""
     entp_causal_layers: int = 0

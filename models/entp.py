@@ -11,7 +11,8 @@ is equal:
   absorbed into query and output (u = Wkᵀq; o = Wv Σ p·x), so no pair is projected.
 * Between them, the prefixes are packed without padding.
 * A chunk of prefixes is back-propagated before the next one is computed, down to what all chunks
-  of its rows share; the gradients of that are collected and go on from there once.
+  of its rows share; the gradients of that are collected and go on from there once. The longest
+  prefixes come first, so that nothing is computed twice (`models/prefix_scan.py`).
 
 Two variants cost less and are other models or other estimates: with `entp_causal_layers` the lower
 layers are a causal decoder's, the same for every prefix (with all but one the model *is* the
@@ -33,20 +34,21 @@ from models.batch import ENCODER_FIELDS, Batch
 from models.block import Block, run_block
 from models.config import ModelConfig
 from models.decoding import CachedDecoding
-from models.entp_layers import Projected, first_layer, last_layer, middle_layer, project
+from models.entp_layers import Projected, first_layer, last_layer, middle_layer, project, scan
 from models.language_model import LanguageModel
 from models.layers import make_norm
 from models.losses import LossTerms
 from models.prefix_attention import Prefixes
 from models.prefix_chunks import Chunk, by_rows, plan_chunks, spread
 from models.prefix_decoding import DecoderDecoding, PrefixDecoding
+from models.prefix_scan import Run
 from models.rotary import Rotary, rotary_tables
 
 
 class _Part(NamedTuple):
     """Some prefixes of some rows: what `ENTP.forward` computes at once."""
 
-    projected: Projected
+    source: Projected | Run
     ends: list[int]
     """The prefixes, by their last tokens."""
     weight: float
@@ -76,7 +78,7 @@ class ENTP(LanguageModel):
         """Loss sums over every scored prefix, held in memory at once; or over a part of them."""
         if part is None:
             return super().forward(batch, z_loss)
-        hidden = self.read(part.projected, part.ends, is_run=part.weight <= 1.0)
+        hidden = self.read(part.source, part.ends)
         targets, mask = part.scored(batch)
         weights = None if batch.loss_weights is None else batch.loss_weights[:, part.ends]
         terms = self.embedding(hidden, "loss", targets, mask, z_loss, weights)
@@ -101,17 +103,9 @@ class ENTP(LanguageModel):
         sampled = self.config.entp_sampled_prefixes
         for rows, chunks in by_rows(self._plan(batch, sampled)):
             part = batch.rows(rows.start, rows.stop)
-            reached, ends, weight = _drawn(part.loss_mask, sampled)
-            projected = self.project(part.input_ids[:, :reached])
-            leaves = Projected(*(_leaf(x) for x in projected))
-            for chunk in chunks:
-                if chunk is not chunks[-1]:
-                    pairs = zip(leaves, projected, strict=True)
-                    source = Projected(*(leaf.to(x.dtype) for leaf, x in pairs))
-                else:
-                    source = projected if len(chunks) == 1 else _collecting(projected, leaves)
-                terms = self(part, z_loss, _part(source, ends, weight, chunk))
-                around = chunk.first_row, len(batch.targets) - chunk.last_row
+            around = rows.start, len(batch.targets) - rows.stop
+            for chosen in self._parts(part, chunks, sampled):
+                terms = self(part, z_loss, chosen)
                 yield terms._replace(row_nll=F.pad(terms.row_nll, around))
 
     @torch.no_grad()
@@ -124,15 +118,34 @@ class ENTP(LanguageModel):
         result = torch.zeros(targets.shape, device=targets.device, dtype=torch.float32)
         for rows, chunks in by_rows(self._plan(batch)):
             part = batch.rows(rows.start, rows.stop)
-            reached, ends, weight = _drawn(part.loss_mask, 0)
-            projected = self.project(part.input_ids[:, :reached])
-            for chunk in chunks:
-                chosen = _part(projected, ends, weight, chunk)
-                hidden = self.read(chosen.projected, chosen.ends)
+            for chosen in self._parts(part, chunks, 0):
+                hidden = self.read(chosen.source, chosen.ends)
                 nll = self.embedding(hidden, "nll", *chosen.scored(part))
                 # Added, since a chunk without a prefix reads another one's, and scores it 0.
                 result[rows, chosen.ends] += nll
         return result
+
+    def _parts(self, part: Batch, chunks: Sequence[Chunk], sampled: int) -> Iterator[_Part]:
+        """Each chunk's own of the prefixes of some rows, `part`; the last chunk first.
+
+        A chunk without any reads token 0 alone: every rank calls the same modules.
+        """
+        reached, ends, weight = _drawn(part.loss_mask, sampled)
+        projected = self.project(part.input_ids[:, :reached])
+        own = [[e for e in ends[c.start : c.stop] if e is not None] for c in chunks]
+        if weight > 1.0:
+            leaves = Projected(*(_leaf(x) for x in projected))
+            for chosen in own[:0:-1]:
+                pairs = zip(leaves, projected, strict=True)
+                source = Projected(*(leaf.to(x.dtype) for leaf, x in pairs))
+                yield _Part(source, chosen, weight)
+            final = projected if len(own) == 1 else _collecting(projected, leaves)
+            yield _Part(final, own[0], weight)
+            return
+        parts = [range(some[0], some[-1] + 1) if some else range(0) for some in own]
+        first = min((run.start for run in parts if run), default=0)
+        for run in scan(projected, first).runs(parts):
+            yield _Part(run, [*run.ends] or [0], 1.0 if run.ends else 0.0)
 
     def _refuse(self, batch: Batch) -> None:
         """Raise ValueError for what a prefix would have to ignore: it reaches back to its row's
@@ -150,7 +163,9 @@ class ENTP(LanguageModel):
         if self.is_decoder:
             hidden, _ = self.lower_layers(ids, self.config.num_layers)
             return self.final_norm(hidden)
-        return self.read(self.project(ids), range(ids.shape[1]))
+        every = range(ids.shape[1])
+        (run,) = scan(self.project(ids), 0).runs([every])
+        return self.read(run, every)
 
     def lower_layers(self, ids: Tensor, count: int) -> tuple[Tensor, Rotary | None]:
         """`ids` [B, S] after `count` causal layers, [B, S, d], and the tables of S positions."""
@@ -174,15 +189,11 @@ class ENTP(LanguageModel):
         first, *_ = self.upper_layers
         return project(first, hidden, rotary)
 
-    def read(self, projected: Projected, ends: Sequence[int], *, is_run: bool = True) -> Tensor:
-        """Hidden states [B, len(ends), d] of the prefixes that end at the tokens `ends`.
-
-        Args:
-            is_run: each prefix has one token more than the one before.
-        """
-        prefixes = Prefixes(tuple(end + 1 for end in ends), is_run, projected.hidden.device)
+    def read(self, source: Projected | Run, ends: Sequence[int]) -> Tensor:
+        """Hidden states [B, len(ends), d] of the prefixes that end at the tokens `ends`."""
         first, *_ = self.upper_layers
-        pairs = run_block(first_layer, self.config, first, projected, prefixes)
+        prefixes = Prefixes(tuple(end + 1 for end in ends), source.hidden.device)
+        pairs = run_block(first_layer, self.config, first, source, prefixes)
         return self.finish(pairs, prefixes).transpose(0, 1)
 
     def finish(self, pairs: Tensor, prefixes: Prefixes) -> Tensor:
@@ -222,15 +233,6 @@ def _drawn(loss_mask: Tensor, sampled: int) -> tuple[int, list[int | None], floa
     offset = float(torch.rand((), dtype=torch.float64)) if sampled < high - low else 0.0
     drawn = spread(low, high, sampled, offset)
     return max(1, high), [*drawn], max(1.0, (high - low) / sampled)
-
-
-def _part(projected: Projected, ends: list[int | None], weight: float, chunk: Chunk) -> _Part:
-    """A chunk's own of the prefixes.
-
-    A chunk without any runs the shortest prefix: every rank calls the same modules.
-    """
-    own = [end for end in ends[chunk.start : chunk.stop] if end is not None]
-    return _Part(projected, own, weight) if own else _Part(projected, [0], 0.0)
 
 
 def _leaf(shared: Tensor) -> Tensor:

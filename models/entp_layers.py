@@ -18,8 +18,8 @@ from models.prefix_attention import (
     at_pairs,
     full_attention,
     scaled_scores,
-    shared_attention,
 )
+from models.prefix_scan import Run, Scan
 from models.rotary import Rotary
 
 
@@ -35,6 +35,13 @@ class Projected(NamedTuple):
     values: Tensor
     """[B, S, kv heads, k]."""
 
+    def at_pairs(self, prefixes: Prefixes) -> tuple[Tensor, Tensor]:
+        """Of the pairs of any prefixes the layer's input [pairs, B, d] and what attention read
+        [pairs, B, h, k], each prefix attended to by itself."""
+        tokens = (x[:, : prefixes.longest].transpose(0, 1) for x in self)
+        hidden, queries, keys, values = (at_pairs(x, prefixes) for x in tokens)
+        return hidden, full_attention(queries, keys, values, prefixes)
+
 
 def project(block: Block, hidden: Tensor, rotary: Rotary | None) -> Projected:
     """`hidden` [B, S, d] and its queries, keys and values in `block`."""
@@ -44,20 +51,17 @@ def project(block: Block, hidden: Tensor, rotary: Rotary | None) -> Projected:
     return Projected(hidden, queries, keys, attention.values(normed))
 
 
-def first_layer(block: Block, projected: Projected, prefixes: Prefixes) -> Tensor:
+def scan(projected: Projected, first: int) -> Scan:
+    """What all prefixes share whose shortest one ends at token `first`."""
+    hidden, queries, keys, values = projected
+    group = queries.shape[2] // keys.shape[2]
+    keys, values = (x.repeat_interleave(group, dim=2) for x in (keys, values))
+    return Scan(hidden, scaled_scores(queries, keys), values, first)
+
+
+def first_layer(block: Block, source: Projected | Run, prefixes: Prefixes) -> Tensor:
     """Tokens → pairs [pairs, B, d]."""
-    attention = block.attention
-    hidden, queries, keys, values = (x[:, : prefixes.longest] for x in projected)
-    if prefixes.is_run:
-        group = attention.num_heads // attention.num_kv_heads
-        keys, values = (x.repeat_interleave(group, dim=2) for x in (keys, values))
-        mixed = shared_attention(scaled_scores(queries, keys), values, prefixes)
-    else:
-        queries, keys, values = (
-            at_pairs(x.transpose(0, 1), prefixes) for x in (queries, keys, values)
-        )
-        mixed = full_attention(queries, keys, values, prefixes)
-    return enter(block, at_pairs(hidden.transpose(0, 1), prefixes), mixed)
+    return enter(block, *source.at_pairs(prefixes))
 
 
 def enter(block: Block, tokens: Tensor, mixed: Tensor) -> Tensor:

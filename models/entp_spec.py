@@ -5,7 +5,7 @@ The model is models/entp.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -72,7 +72,8 @@ def _prefixes(config: ModelConfig, step: Pass) -> Iterator[Operation]:
     """All that is computed for each prefix."""
     lengths = range(step.context - step.scored + 1, step.context + 1)
     if not step.training:
-        yield from _chunk(config, lengths, is_repeat=False)
+        yield from _scan(config, step.context)
+        yield from _pairs(config, sum(lengths), sum(n**2 for n in lengths), len(lengths))
         return
     sampled = config.entp_sampled_prefixes
     is_sampled = 0 < sampled < step.tokens
@@ -86,23 +87,21 @@ def _prefixes(config: ModelConfig, step: Pass) -> Iterator[Operation]:
         for row in whole:
             yield replace(row, forward=round(row.forward * sampled / step.scored))
         return
+    yield from _scan(config, step.tokens if step.scored else 1)
     numbered = [None] * (0 if is_sampled else step.tokens - step.scored) + [*lengths]
-    chunks = plan_chunks(1, step.tokens, config.entp_chunk_pairs, sampled)
-    parts = [list(filter(None, numbered[chunk.start : chunk.stop])) for chunk in chunks]
-    for part in parts:
-        # A chunk without a scored prefix still runs the shortest. The longest one's tokens are
-        # everyone's: what the others do to their tokens it does too.
-        is_last = step.context in part or (not step.scored and part is parts[-1])
-        yield from _chunk(config, part or [1], is_repeat=not is_last)
+    chunks = plan_chunks(step.rows, step.tokens, config.entp_chunk_pairs, sampled)
+    for chunk in chunks:
+        if not chunk.first_row:
+            # A chunk without a scored prefix still runs one token.
+            part = [*filter(None, numbered[chunk.start : chunk.stop])] or [1]
+            yield from _pairs(config, sum(part), sum(n**2 for n in part), len(part))
 
 
-def _chunk(config: ModelConfig, lengths: Sequence[int], *, is_repeat: bool) -> Iterator[Operation]:
-    """A run of prefixes."""
-    scores = 2 * lengths[-1] ** 2 * attention_width(config)
-    yield Operation("first layer: scores", scores, repeat=is_repeat)
-    yield Operation("first layer: entry", scores, repeat=is_repeat)
-    squares = sum(length**2 for length in lengths)
-    yield from _pairs(config, sum(lengths), squares, len(lengths))
+def _scan(config: ModelConfig, tokens: int) -> Iterator[Operation]:
+    """The first layer's attention in all prefixes of `tokens`."""
+    scores = 2 * tokens**2 * attention_width(config)
+    yield once("first layer: scores", scores)
+    yield once("first layer: entry", scores)
 
 
 def _pairs(config: ModelConfig, pairs: int, squares: int, prefixes: int) -> Iterator[Operation]:

@@ -45,6 +45,7 @@ def training_flops(
     prefix_len: int = 0,
     documents: Iterable[int] = (),
     source_documents: Iterable[int] = (),
+    rows: int = 1,
     activation_checkpointing: bool = False,
 ) -> Flops:
     """FLOPs of one training sequence, forward and backward.
@@ -57,6 +58,8 @@ def training_flops(
         prefix_len: leading positions that see each other in both directions.
         documents: lengths of the documents that attention stays inside; none where it does not.
         source_documents: lengths of their parts of the source, in the same order, 0 where none.
+        rows: sequences of the micro-batch; of an ENTP some of whose positions carry no loss they
+            decide how many chunks have nothing to do but a token.
         activation_checkpointing: count recomputation, also where the config does not ask for it.
 
     Raises:
@@ -69,6 +72,7 @@ def training_flops(
         prefix=prefix_len,
         documents=tuple(documents),
         source_documents=tuple(source_documents),
+        rows=rows,
     )
     table = operations(config, step)
     hardware = 3 * sum(op.forward - op.skipped for op in table)
@@ -161,8 +165,8 @@ def operations(config: ModelConfig, step: Pass) -> list[Operation]:
 
 
 def _forward(table: Iterable[Operation], *, causal: bool) -> int:
-    """What the model itself needs: no repetition, and no masked attention where `causal`."""
-    return sum(op.forward - (op.masked if causal else 0) for op in table if not op.repeat)
+    """What the model itself needs: no masked attention where `causal`."""
+    return sum(op.forward - (op.masked if causal else 0) for op in table)
 
 
 def parameters(config: ModelConfig) -> Parameters:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.activations import gated_linear, gelu, swiglu
+from models.activations import gated_linear, gelu, gelu_linear, swiglu
 from models.config import ModelConfig
 from models.losses import linear_cross_entropy, linear_token_nll
 from models.matmul import linear
@@ -81,21 +81,22 @@ class Linear(nn.Linear):
 
 
 class Down(Linear):
-    """The feed-forward's way back to d_model, of an activation or of SwiGLU's two halves."""
+    """The feed-forward's activation and its way back to d_model: of GELU, or of SwiGLU's two
+    halves."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.d_ffn, config.d_model, config, into_residual=True)
         self.recomputes = config.activation_checkpointing
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """x [..., d_ffn], or with a gate silu(gate)·x, → [..., d_model]."""
+        """gelu(x), x [..., d_ffn], or with a gate silu(gate)·x, → [..., d_model]."""
         if self.recomputes:
             # Recomputation stops at the first thing that only this, a block's last product, keeps;
             # a Function of our own would have multiplied by then.
-            x = x if gate is None else swiglu(gate, x)
+            x = gelu(x) if gate is None else swiglu(gate, x)
             return F.linear(x, self.weight, self.bias)
         if gate is None:
-            return linear(x, self.weight, self.bias)
+            return gelu_linear(x, self.weight, self.bias)
         return gated_linear(gate, x, self.weight, self.bias)
 
 
@@ -112,7 +113,7 @@ class FeedForward(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., d] → [..., d]."""
         if self.gate is None:
-            return self.down(gelu(self.up(hidden)))
+            return self.down(self.up(hidden))
         return self.down(self.up(hidden), self.gate(hidden))
 
 

@@ -37,6 +37,9 @@ class Pass:
     source_documents: tuple[int, ...] = ()
     """Lengths of the same documents' parts of the source, in the same order; 0 where one has none
     there (and in `documents` where it has none among the tokens)."""
+    rows: int = 1
+    """Sequences of the batch: how many decides where ENTP cuts the work into chunks, and of a chunk
+    that has nothing to score a token is run."""
     training: bool = True
     """Forward for a backward pass. False: nothing is kept but caches."""
     cached: int = 0
@@ -132,8 +135,6 @@ class Operation:
     """Of the masked, what no kernel computes: `hardware` leaves it out."""
     recomputed: bool = True
     """Done again in the backward pass under activation checkpointing."""
-    repeat: bool = False
-    """A repetition of what another ENTP chunk has done: hardware's alone."""
 
 
 def once(name: str, forward: int) -> Operation:

@@ -10,6 +10,7 @@ Shape letters: B batch, S tokens, P prefixes, h heads, k head width, w any width
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.autocast import outside_autocast
+from models.autocast import lowered, outside_autocast
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,6 @@ class Prefixes:
     """Prefixes of a sequence by their `lengths`, ascending, and where their pairs are packed."""
 
     lengths: tuple[int, ...]
-    is_run: bool
-    """Each prefix is the one before and one token more."""
     device: torch.device
 
     @property
@@ -108,115 +107,12 @@ def scaled_scores(queries: Tensor, keys: Tensor) -> Tensor:
     """Of `queries` and `keys` [B, S, h, k] the scores [B, h, S, S] in at least fp32: rounded to
     bf16, each would err in all the prefixes that are made of it."""
     with torch.autocast(queries.device.type, enabled=False):
-        queries = _wide(queries) * queries.shape[-1] ** -0.5
-        return queries.transpose(1, 2) @ _wide(keys).permute(0, 2, 3, 1)
+        queries = wide(queries) * queries.shape[-1] ** -0.5
+        return queries.transpose(1, 2) @ wide(keys).permute(0, 2, 3, 1)
 
 
-def shared_attention(scores: Tensor, values: Tensor, prefixes: Prefixes) -> Tensor:
-    """Attention in every prefix, of tokens whose queries, keys and values are the same in all.
-
-    That is the first layer. Appending key t to a prefix moves each token's result towards value t:
-    out[i, t] = out[i, t−1] + β·(v_t − out[i, t−1]) with β = exp(s_it − log Σ_{j≤t} exp s_ij), so
-    all prefixes cost one pass over the keys, and no exponent is ever positive. Rounding would add
-    up over the keys: all of it is done in at least fp32, and the results are rounded once.
-
-    Args:
-        scores: [B, h, S, S], queries by keys, scaled; S tokens are the longest prefix.
-        values: [B, S, h, k].
-        prefixes: a run of them.
-    Returns:
-        [pairs, B, h, k], of the values' format.
-    """
-    result: Tensor = _SharedAttention.apply(scores, values, prefixes)
-    return result
-
-
-class _SharedAttention(torch.autograd.Function):
-    # Prefix p of the run ends at token t = start + p. What is kept by prefix and token is laid out
-    # [P, S, B, h, 1], as the packed pairs are.
-
-    @staticmethod
-    @outside_autocast
-    def forward(ctx: Any, scores: Tensor, values: Tensor, prefixes: Prefixes) -> Tensor:
-        ctx.scores_dtype = scores.dtype
-        scores, wide_values = _wide(scores), _wide(values)
-        offsets = prefixes.offsets
-        size, start = prefixes.longest, prefixes.lengths[0] - 1
-        later = scores[..., start + 1 :]
-        first_log_sums = scores[..., : start + 1].logsumexp(-1, keepdim=True)
-        log_sums = torch.cat([first_log_sums, later], -1).logcumsumexp(-1)  # [B, h, S, P]
-        # Token i enters with the shortest prefix that has it: a softmax over that prefix's keys.
-        positions = torch.arange(size, device=scores.device)
-        entry = positions.clamp(min=start)
-        entry_log_sums = log_sums.gather(
-            -1, (entry - start).view(1, 1, -1, 1).expand(*scores.shape[:3], 1)
-        )
-        entry_weights = (scores - entry_log_sums).masked_fill_(
-            positions > entry.unsqueeze(1), -torch.inf
-        )
-        entry_weights.exp_()
-        beta = (scores[..., start:] - log_sums).exp_().permute(3, 2, 0, 1).contiguous()
-        beta = beta.unsqueeze(-1)
-        # What each token has read so far, [S, B, h, k].
-        read = (entry_weights @ wide_values.transpose(1, 2)).permute(2, 0, 1, 3).contiguous()
-        out = values.new_empty(offsets[-1], *read.shape[1:])
-        out[: start + 1] = read[: start + 1]
-        for p in range(1, len(beta)):
-            t = start + p
-            torch.lerp(read[:t], wide_values[:, t], beta[p, :t], out=read[:t])
-            out[offsets[p] : offsets[p + 1]] = read[: t + 1]
-        ctx.prefixes = prefixes
-        ctx.save_for_backward(entry_weights, beta, values, out)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    @outside_autocast
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        entry_weights, beta, kept_values, out = ctx.saved_tensors
-        values = _wide(kept_values)
-        prefixes: Prefixes = ctx.prefixes
-        offsets, count = prefixes.offsets, len(beta)
-        size, start = prefixes.longest, prefixes.lengths[0] - 1
-        alpha = 1 - beta
-        # through[i]: gradient of out[i, t], later prefixes included; first_grad[i]: at i's entry.
-        through = _wide(grad[offsets[-2] :]).clone()
-        first_grad = torch.empty_like(through)
-        values_grad = torch.zeros_like(values)
-        beta_grad = torch.zeros_like(beta)
-        scratch = torch.empty_like(through)
-        for p in range(count - 1, 0, -1):
-            t, low, middle = start + p, offsets[p - 1], offsets[p]
-            first_grad[t] = through[t]
-            gradient = through[:t]
-            difference = torch.sub(values[:, t], out[low:middle], out=scratch[:t]).mul_(gradient)
-            torch.sum(difference, -1, keepdim=True, out=beta_grad[p, :t])
-            torch.mul(gradient, beta[p, :t], out=scratch[:t])
-            torch.sum(scratch[:t], 0, out=values_grad[:, t])
-            torch.addcmul(grad[low:middle], alpha[p, :t], gradient, out=gradient)
-        first_grad[: start + 1] = through[: start + 1]
-        first_grad = first_grad.permute(1, 2, 0, 3)  # [B, h, S, k]
-        values_grad += (entry_weights.transpose(2, 3) @ first_grad).transpose(1, 2)
-        # β_t = σ(s_t − log Z_{t−1}); carried[t] is minus the gradient of log Z_t.
-        gamma = (beta_grad * beta).mul_(alpha).squeeze(-1)
-        alpha = alpha.squeeze(-1)
-        carried = torch.zeros_like(gamma)
-        for p in range(count - 2, -1, -1):
-            torch.addcmul(gamma[p + 1], alpha[p + 1], carried[p + 1], out=carried[p])
-        positions = torch.arange(size, device=out.device)
-        entry = positions.clamp(min=start)
-        weights_grad = first_grad @ values.permute(0, 2, 3, 1)
-        entry_carried = carried[entry - start, positions].permute(1, 2, 0).unsqueeze(-1)
-        expected = (weights_grad * entry_weights).sum(-1, keepdim=True)
-        scores_grad = weights_grad.sub_(expected + entry_carried).mul_(entry_weights)
-        # A key that is later than a token's entry moves it by β alone.
-        is_later = (positions[start:].unsqueeze(1) > entry)[:, :, None, None]  # [P, S]
-        moved = torch.where(is_later, gamma - beta.squeeze(-1) * carried, 0)
-        scores_grad[..., start:] += moved.permute(2, 3, 1, 0)
-        return scores_grad.to(ctx.scores_dtype), values_grad.to(kept_values.dtype), None
-
-
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """`x` in at least fp32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -229,10 +125,15 @@ def full_attention(queries: Tensor, keys: Tensor, values: Tensor, prefixes: Pref
     Returns:
         [pairs, B, h, k].
     """
+    grouped = keys.shape[2] < queries.shape[2]
+    if not grouped and _takes_flash(queries):
+        result: Tensor = _FlashAttention.apply(
+            lowered(queries), lowered(keys), lowered(values), prefixes
+        )
+        return result
     parts = zip(
         *(prefixes.split(x.permute(0, 2, 1, 3)) for x in (queries, keys, values)), strict=True
     )
-    grouped = keys.shape[2] < queries.shape[2]
     # Each part is [tokens, h, B, k]; attention wants [B, h, tokens, k].
     results = [
         F.scaled_dot_product_attention(
@@ -241,3 +142,55 @@ def full_attention(queries: Tensor, keys: Tensor, values: Tensor, prefixes: Pref
         for q, k, v in parts
     ]
     return torch.cat(results)
+
+
+def _takes_flash(queries: Tensor) -> bool:
+    """Whether torch's fused attention on a CPU may be called by its own name."""
+    return (
+        queries.device.type == "cpu"
+        and torch.backends.cuda.flash_sdp_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+class _FlashAttention(torch.autograd.Function):
+    # One node for all prefixes, that writes where the packed result and gradients are: of a few
+    # tokens attention costs less than splitting, turning and joining as operations of their own.
+
+    @staticmethod
+    @outside_autocast
+    def forward(
+        ctx: Any, queries: Tensor, keys: Tensor, values: Tensor, prefixes: Prefixes
+    ) -> Tensor:
+        out = torch.empty_like(queries)
+        log_sums = []
+        for q, k, v, into in _turned(prefixes, queries, keys, values, out):
+            attended, log_sum = _flash(q, k, v)
+            into.copy_(attended)
+            log_sums.append(log_sum)
+        ctx.prefixes, ctx.log_sums = prefixes, log_sums
+        ctx.save_for_backward(queries, keys, values, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    @outside_autocast
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        gradients = [torch.empty_like(x) for x in saved[:3]]
+        parts = _turned(ctx.prefixes, grad, *saved, *gradients)
+        for (g, q, k, v, out, *into), log_sum in zip(parts, ctx.log_sums, strict=True):
+            found = _flash_backward(g, q, k, v, out, log_sum, 0.0, False)
+            for part, gradient in zip(into, found, strict=True):
+                part.copy_(gradient)
+        return *gradients, None
+
+
+def _turned(prefixes: Prefixes, *packed: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Of `packed` [pairs, B, h, k] each prefix's [B, h, tokens, k]."""
+    lengths = list(prefixes.lengths)
+    return zip(*(x.permute(1, 2, 0, 3).split(lengths, 2) for x in packed), strict=True)
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

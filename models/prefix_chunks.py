@@ -6,6 +6,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+# The fewest prefixes of full length that a chunk of several rows has room for.
+_PREFIXES = 3
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -23,8 +26,9 @@ class Chunk:
 def plan_chunks(batch_size: int, seq_len: int, max_pairs: int, sampled: int = 0) -> list[Chunk]:
     """Chunks of at most `max_pairs` (token, prefix) pairs that cover a batch.
 
-    Whole rows where a row fits, as many in each chunk as divides them evenly; else the prefixes of
-    one row. A single prefix is never divided.
+    Whole rows where a row fits, as many in each chunk as divides them evenly; else some prefixes of
+    as many rows as leave room for three of the longest: what is done for a prefix is done for all
+    rows at once. A single prefix of a row is never divided.
 
     Args:
         sampled: prefixes drawn for each row; all of them when 0 or not fewer. Where they will end
@@ -33,10 +37,19 @@ def plan_chunks(batch_size: int, seq_len: int, max_pairs: int, sampled: int = 0)
     is_sample = 0 < sampled < seq_len
     lengths = [seq_len] * sampled if is_sample else list(range(1, seq_len + 1))
     pairs = sum(lengths)
-    if pairs <= max_pairs:
-        count = -(-batch_size // (max_pairs // pairs))
-        edges = [batch_size * i // count for i in range(count + 1)]
-        return [Chunk(low, high, 0, len(lengths)) for low, high in itertools.pairwise(edges)]
+    groups = -(-batch_size // max(1, max_pairs // min(pairs, _PREFIXES * seq_len)))
+    rows = [batch_size * i // groups for i in range(groups + 1)]
+    parts = _cut(lengths, max_pairs // -(-batch_size // groups))
+    return [
+        Chunk(low, high, start, stop)
+        for low, high in itertools.pairwise(rows)
+        for start, stop in itertools.pairwise(parts)
+    ]
+
+
+def _cut(lengths: Sequence[int], max_pairs: int) -> list[int]:
+    """Where prefixes of `lengths` are cut into parts of at most `max_pairs` pairs."""
+    pairs = sum(lengths)
     edges, filled = [0], 0
     even = pairs / -(-pairs // max_pairs)
     for number, length in enumerate(lengths):
@@ -45,12 +58,7 @@ def plan_chunks(batch_size: int, seq_len: int, max_pairs: int, sampled: int = 0)
             edges.append(number)
             filled = 0
         filled += length
-    edges.append(len(lengths))
-    return [
-        Chunk(row, row + 1, start, stop)
-        for row in range(batch_size)
-        for start, stop in itertools.pairwise(edges)
-    ]
+    return [*edges, len(lengths)]
 
 
 def by_rows(chunks: Sequence[Chunk]) -> Iterator[tuple[slice, list[Chunk]]]:

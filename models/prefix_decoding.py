@@ -81,7 +81,7 @@ class PrefixDecoding(DecoderDecoding):
         for length in self.lengths.unique().tolist():
             rows = (self.lengths == length).nonzero().squeeze(1)
             tokens, mixed = (x[rows, :length].transpose(0, 1) for x in (hidden, read))
-            prefix = Prefixes((length,), True, hidden.device)
+            prefix = Prefixes((length,), hidden.device)
             result[rows] = model.finish(enter(first, tokens, mixed), prefix)[0]
         return model.embedding(result, "logits")
 

@@ -191,8 +191,7 @@ def by_name(table: Iterable[Operation]) -> dict[str, int]:
     """FLOPs of a table's operations, equal names added up."""
     totals: dict[str, int] = {}
     for operation in table:
-        if not operation.repeat:
-            totals[operation.name] = totals.get(operation.name, 0) + operation.forward
+        totals[operation.name] = totals.get(operation.name, 0) + operation.forward
     return totals
 
 

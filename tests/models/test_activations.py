@@ -5,26 +5,41 @@ import torch
 import torch.nn.functional as F
 
 from models import activations
-from models.activations import gated_linear, gelu, swiglu
+from models.activations import gated_linear, gelu_linear, swiglu
 
 
 @pytest.mark.parametrize("block", [7, 1 << 16])
+@pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_gelu_is_the_tanh_form(block, dtype, monkeypatch):
+def test_gelu_linear_is_the_tanh_form(block, with_bias, dtype, monkeypatch):
     monkeypatch.setattr(activations, "_BLOCK", block)
-    x = torch.cat([3 * torch.randn(50), torch.tensor([-1e4, -60.0, 0.0, 60.0, 1e4])]).to(dtype)
-    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    weights = torch.randn(55, dtype=dtype)
-    found, expected = gelu(ours), F.gelu(theirs, approximate="tanh")
+    x = torch.cat([3 * torch.randn(49), torch.tensor([-1e4, -60.0, 0.0, 60.0, 1e4])])
+    ours = [x.view(3, 3, 6), torch.randn(4, 6), torch.randn(4) if with_bias else None]
+    ours = [None if x is None else x.to(dtype).requires_grad_() for x in ours]
+    theirs = [None if x is None else x.detach().clone().requires_grad_() for x in ours]
+    weights = torch.randn(3, 3, 4, dtype=dtype)
+    found = gelu_linear(*ours)
+    expected = F.linear(F.gelu(theirs[0], approximate="tanh"), *theirs[1:])
     torch.testing.assert_close(found, expected)
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
-    torch.testing.assert_close(ours.grad, theirs.grad)
+    for one, other in zip(ours, theirs, strict=True):
+        if one is not None:
+            torch.testing.assert_close(one.grad, other.grad)
 
 
-def test_gelu_of_a_transposed_tensor():
-    x = torch.randn(5, 7).T
-    torch.testing.assert_close(gelu(x), F.gelu(x, approximate="tanh"))
+def test_gelu_linear_of_a_transposed_tensor_and_a_frozen_weight():
+    x, weight = torch.randn(5, 7, requires_grad=True), torch.randn(3, 5)
+    expected = F.linear(F.gelu(x.T, approximate="tanh"), weight)
+    torch.testing.assert_close(gelu_linear(x.T, weight, None), expected)
+    assert torch.autograd.gradcheck(lambda x: gelu_linear(x.T, weight, None), x)
+
+
+def test_gelu_linear_keeps_its_input_alone():
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        gelu_linear(torch.randn(8, 6, requires_grad=True), torch.randn(3, 6), None)
+    assert sorted(x.numel() for x in kept) == [18, 48]
 
 
 def test_swiglu():
@@ -55,24 +70,27 @@ def test_gated_linear_does_not_keep_the_product():
     assert sorted(x.numel() for x in kept) == [18, 48, 48]
 
 
-def test_gelu_refuses_a_second_derivative():
-    x = torch.randn(5, requires_grad=True)
-    (slope,) = torch.autograd.grad(gelu(x).square().sum(), x, create_graph=True)
+def test_gelu_linear_refuses_a_second_derivative():
+    x, weight = torch.randn(2, 5, requires_grad=True), torch.randn(3, 5)
+    (slope,) = torch.autograd.grad(
+        gelu_linear(x, weight, None).square().sum(), x, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.sum().backward()
 
 
-def test_compiled_gelu_is_torchs_one_operation():
+def test_compiled_gelu_linear_is_torchs_two_operations():
     graphs = []
 
     def backend(module, inputs):
         graphs.append(module)
         return module.forward
 
-    x = torch.randn(activations._BLOCK * 3)
-    compiled = torch.compile(gelu, backend=backend, fullgraph=True)
-    torch.testing.assert_close(compiled(x), F.gelu(x, approximate="tanh"))
-    assert len([node for node in graphs[0].graph.nodes if node.op == "call_function"]) == 1
+    x, weight = torch.randn(9, 5), torch.randn(3, 5)
+    compiled = torch.compile(gelu_linear, backend=backend, fullgraph=True)
+    expected = F.linear(F.gelu(x, approximate="tanh"), weight)
+    torch.testing.assert_close(compiled(x, weight, None), expected)
+    assert len([node for node in graphs[0].graph.nodes if node.op == "call_function"]) == 2
 
 
 def test_gated_linear_of_transposed_tensors():

@@ -41,7 +41,7 @@ def with_documents(batch):
 SWITCHES = {
     "entp_causal_layers": [0, 0, 1],
     "entp_sampled_prefixes": [0, 0, 3],
-    "entp_chunk_pairs": [20, 768],
+    "entp_chunk_pairs": [20, 960],
     "num_kv_heads": [1, 2],
     "qkv_norm": [True, False],
     "norm": ["rmsnorm", "layernorm"],
