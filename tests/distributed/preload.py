@@ -8,11 +8,16 @@ import gc
 
 import deepspeed.module_inject.auto_ep_layer
 import deepspeed.ops.triton_ops
+import fire
+import numpy.ma
+import sentencepiece
 import tensorboard.compat.proto.summary_pb2
 import torch._dynamo
 import torch.distributed.checkpoint
 import torch.profiler._cupti_monitor
 import torch.utils.tensorboard
+import webdataset
+import yaml
 from deepspeed.runtime.superoffload import superoffload_stage3
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 
@@ -26,12 +31,16 @@ import pipeline.callbacks.progress
 import pipeline.callbacks.records
 import pipeline.callbacks.saving
 import pipeline.checkpoint
+import pipeline.data.cuts
+import pipeline.data.tokenizer
 import pipeline.evaluate
 import pipeline.finetune
+import pipeline.interconnect
 import pipeline.optim.build
 import pipeline.optim.muon
 import pipeline.prefetch
 import pipeline.pretrain
+import pipeline.rendezvous
 import pipeline.trainer
 from pipeline.distributed import import_muon_as_written
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -43,16 +44,21 @@ def test_any_step_and_any_ranks(before: int, after: int, shards_dir: Path, tmp_p
         assert seen == batches
 
 
-@pytest.mark.parametrize("between", ["zero1", "zero2"])
-def test_another_stage_in_between(between: str, shards_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("between", "steps"), [("zero1", range(1, STEPS - 1)), ("zero2", [2])])
+def test_another_stage_in_between(
+    between: str, steps: Sequence[int], shards_dir: Path, tmp_path: Path
+) -> None:
+    """Stage 3 up to any step, another stage for one step more, and stage 3 to the end."""
     whole = tmp_path / "whole"
     changes = {"checkpoint_every": 1, "keep_checkpoints": 9, "steps": STEPS}
     run_entry("pretrain", 2, flags(whole, shards_dir, **changes))
-    elsewhere = stopped_at(whole, 2, tmp_path / "elsewhere")
-    changes["ds_config"] = f"ds_configs/{between}.json"
-    run_entry("pretrain", 2, flags(elsewhere, shards_dir, **changes))
-    assert losses(elsewhere) == pytest.approx(losses(whole), rel=1e-5)
-    back = stopped_at(elsewhere, 4, tmp_path / "back")
-    changes["ds_config"] = "ds_configs/cpu.json"
-    run_entry("pretrain", 2, flags(back, shards_dir, **changes))
-    assert losses(back) == pytest.approx(losses(whole), rel=1e-5)
+    for step in steps:
+        elsewhere = stopped_at(whole, step, tmp_path / f"{step}")
+        other = {**changes, "ds_config": f"ds_configs/{between}.json"}
+        run_entry("pretrain", 2, flags(elsewhere, shards_dir, **other))
+        assert losses(elsewhere) == pytest.approx(losses(whole), rel=1e-5)
+        back = stopped_at(elsewhere, step + 1, tmp_path / f"{step}-back")
+        run_entry("pretrain", 2, flags(back, shards_dir, **changes))
+        attempts = [r["attempt"] for r in records(back, "metrics.jsonl")]
+        assert attempts == [1] * step + [2] + [3] * (STEPS - step - 1)
+        assert losses(back) == pytest.approx(losses(whole), rel=1e-5)
