@@ -67,7 +67,7 @@ def _build(ranks: int, arch: str, size: str, precision: str, draw: bool) -> Buil
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-    os.environ["WORLD_SIZE"] = str(ranks)
+    os.environ.update(WORLD_SIZE=str(ranks), LOCAL_SIZE=str(ranks))
     from models import layers
     from models.config import named
     from models.registry import build

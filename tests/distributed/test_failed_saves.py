@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -65,6 +66,35 @@ def test_a_run_may_go_on_past_a_save_that_failed(shards_dir: Path, tmp_path: Pat
         assert [r["step"] for r in records(run, name)] == [1, 2, 3, 4, 5, 6]
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["BEST.json", "step_6"]
+
+
+def save_where_little_is_free(checkpoints: Path) -> list[str]:
+    """A save on a disk that is said to have room for the tensor alone, and one where there is."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from pipeline import distributed
+    from pipeline.checkpointing import writer
+
+    world = distributed.start(timeout_seconds=60, threads=1)
+    ours = writer.Writer(checkpoints, world, timeout_seconds=30)
+    piece = writer.Piece("master/a", (8,), 0, torch.ones(8))
+    errors = []
+    for step, free in ((1, 32), (2, 1_000_000)):
+        shutil.disk_usage = lambda _, free=free: SimpleNamespace(free=free)
+        ours.start([piece], {"step": step}, background=True)
+        outcome = ours.wait()
+        assert outcome is not None
+        errors.append(outcome.error)
+    return errors
+
+
+def test_a_save_that_will_not_fit_is_not_begun(tmp_path: Path) -> None:
+    ((first, second),) = run_ranks(save_where_little_is_free, 1, tmp_path)
+    assert re.fullmatch(r"it needs .* and 32 .* are free", first), first
+    assert second == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_2"]
 
 
 @pytest.fixture
