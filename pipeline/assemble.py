@@ -101,7 +101,7 @@ def _train(stage: Stage, preflight: Preflight, guards: Guards) -> None:
     from pipeline.callbacks.records import Ledger, Metrics
     from pipeline.callbacks.saving import Saving
     from pipeline.data.tokenizer import load as load_tokenizer
-    from pipeline.guards.agreement import RankCheck
+    from pipeline.guards.rank_check import RankCheck
     from pipeline.prefetch import Prefetched
     from pipeline.run_state import RunState
     from pipeline.trainer import Trainer

@@ -151,7 +151,7 @@ class Trainer:
         """Call one method of every callback, in their order."""
         for callback in self._callbacks:
             began, name = time.perf_counter(), type(callback).__name__
-            if callback.phase:
+            if callback.phase and moment != "on_failure":
                 self.heart.begin(callback.phase)
             getattr(callback, moment)(self, *details)
             self.beside[name] = self.beside.get(name, 0.0) + time.perf_counter() - began

@@ -12,6 +12,7 @@ from pipeline.config import RunConfig
 from pipeline.guards.causes import cause_of
 from pipeline.guards.heartbeat import Heart
 from pipeline.guards.launcher import Launcher, outlive_readers
+from pipeline.guards.memory import OutOfMemory, advice, held_here, is_out_of_memory
 from pipeline.guards.watchdog import FAULT, Watchdog
 from pipeline.options import UserError
 from pipeline.run_folder import RunFolder
@@ -58,6 +59,15 @@ class Guards:
         """From now on there is something to save: `vote` for it when the launcher is gone."""
         self._vote = vote
 
+    def explain(self, error: Exception, config: RunConfig) -> UserError | None:
+        """One line in the place of a traceback, where the cause is known."""
+        if is_out_of_memory(error):
+            heart = self.heart
+            beat = heart.current()
+            told = advice(config, heart.world_size, held_here(error), beat.place)
+            return OutOfMemory(f"{beat.name}: {told}", told_by=heart.rank)
+        return cause_of(error, self.heart, self.name_lost)
+
     def _look_for_launcher(self) -> None:
         if self._is_orphan or not self._launcher.is_gone():
             return
@@ -85,7 +95,7 @@ def guarded(config: RunConfig, folder: RunFolder) -> Iterator[Guards]:
         guards.heart.close(str(error))
         raise
     except Exception as error:
-        known = cause_of(error, guards.heart, guards.name_lost)
+        known = guards.explain(error, config)
         guards.heart.close(str(known or f"{type(error).__name__}: {error}"))
         if known is None:
             raise

@@ -134,7 +134,7 @@ class Heart:
         self._steps_begun = 0
         self._watchers: list[Callable[[], None]] = []
         self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         self._writing = threading.Lock()
         self._host, self._pid = socket.gethostname(), os.getpid()
         self._created = psutil.Process().create_time()
@@ -164,13 +164,15 @@ class Heart:
         return time.monotonic() - self._now.since
 
     def watch(self, look: Callable[[], None]) -> None:
-        """Call `look` at every beat, in the heartbeat's thread."""
+        """Call `look` once a beat, in a thread of its own: writing may hang with its disk."""
         self._watchers.append(look)
 
     def start(self) -> None:
         """Begin to beat; what `watch` was given is called from now on."""
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-        self._thread.start()
+        for work in (self._write_on, self._look_on):
+            thread = threading.Thread(target=work, name=f"heartbeat {work.__name__}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def beat_into(self, folder: Path, launch: str) -> None:
         """Write to `folder` from now on. Raises OSError where it cannot be made."""
@@ -186,8 +188,9 @@ class Heart:
         now = self._now
         self._now = now._replace(phase=FAILED if error else ENDED)
         self.write(error)
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(5)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(5)
 
     def current(self, error: str = "") -> Beat:
         """What would be written now."""
@@ -225,8 +228,11 @@ class Heart:
                 # the next one comes in a second.
                 return
 
-    def _run(self) -> None:
+    def _write_on(self) -> None:
         while not self._stopped.wait(self.interval):
             self.write()
+
+    def _look_on(self) -> None:
+        while not self._stopped.wait(self.interval):
             for look in self._watchers:
                 look()

@@ -27,6 +27,15 @@ def dump_own_stack(file: Path) -> None:
         return
 
 
+def write_text(file: Path, text: str) -> None:
+    """Write `text`, where there is room."""
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError:
+        # As above.
+        return
+
+
 def own_place() -> str:
     """Where the main thread is, as `file:line in function`: its innermost frame in our code."""
     for frame in _main_frames():

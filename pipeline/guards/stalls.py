@@ -54,7 +54,7 @@ def culprits(seen: Sequence[Seen]) -> list[Seen]:
     behind = [one for one, place in zip(seen, reached, strict=True) if place == min(reached)]
     busy = [one for one in behind if not one.beat.waits]
     found = busy or behind
-    return found if len(found) < len(seen) else []
+    return found if len(found) < len(seen) or len(seen) == 1 else []
 
 
 def speaker(seen: Sequence[Seen], found: Sequence[Seen]) -> int:
@@ -77,4 +77,5 @@ def sentence(
     for one, remark in zip(found, remarks, strict=True):
         how = "gives no sign of life since" if one.is_silent else "stands still in"
         told.append(f"{one.beat.name} {how} {one.beat.place}" + (f" ({remark})" if remark else ""))
-    return f"{'; '.join(told)}; the others have waited for {stood:.0f} s"
+    waited = "this has lasted" if len(seen) == len(found) else "the others have waited for"
+    return f"{'; '.join(told)}; {waited} {stood:.0f} s"

@@ -5,17 +5,33 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import psutil
 
 from pipeline.guards import stalls
 from pipeline.guards.heartbeat import Beat, Heart, beat_file, is_alive, read_beats
-from pipeline.guards.stacks import dump_own_stack, own_place, stack_of
+from pipeline.guards.stacks import dump_own_stack, own_place, stack_of, write_text
 
 GRACE = 5.0  # seconds in which the rank that speaks has spoken
+DISK = 10.0  # seconds in which the run folder answers, if it answers at all
 FAULT = 1  # the exit code: another start may succeed
+T = TypeVar("T")
+
+
+def within(seconds: float, work: Callable[[], T], default: T) -> T:
+    """What `work` gives; `default` where it takes longer: the disk may be what everyone waits for.
+
+    The thread that does it is left alone then.
+    """
+    done: list[T] = []
+    thread = threading.Thread(target=lambda: done.append(work()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return done[0] if done else default
 
 
 class Watchdog:
@@ -52,15 +68,16 @@ class Watchdog:
             self._end(stood)
 
     def _beats(self) -> list[Beat]:
-        folder = self._heart.folder
-        if folder is None:
-            return []
-        return [beat for beat in read_beats(folder) if beat.launch == self._heart.launch]
+        heart, folder = self._heart, self._heart.folder
+        nothing: list[Beat] = []
+        read = nothing if folder is None else within(DISK, lambda: read_beats(folder), nothing)
+        others = [b for b in read if b.launch == heart.launch and b.rank != heart.rank]
+        return sorted([*others, heart.current()], key=lambda beat: beat.rank)
 
     def _end(self, stood: float) -> None:
         heart, folder = self._heart, self._heart.folder
         assert folder is not None
-        dump_own_stack(beat_file(folder, heart.rank, "stack"))
+        within(DISK, lambda: dump_own_stack(beat_file(folder, heart.rank, "stack")), None)
         seen = stalls.compare(self._first or [], self._beats())
         found = stalls.culprits(seen)
         if stalls.speaker(seen, found) == heart.rank:
@@ -76,7 +93,7 @@ class Watchdog:
                 file=sys.stderr,
                 flush=True,
             )
-            heart.close(f"stall: {told}")
+            within(DISK, lambda: heart.close(f"stall: {told}"), None)
         else:
             time.sleep(GRACE)
         for one in found:
@@ -97,5 +114,6 @@ class Watchdog:
             return "its process is gone"
         assert self._heart.folder is not None
         stack, why = stack_of(one.beat.pid)
-        beat_file(self._heart.folder, one.beat.rank, "stack").write_text(stack or why + "\n")
+        file = beat_file(self._heart.folder, one.beat.rank, "stack")
+        within(DISK, lambda: write_text(file, stack or f"{why}\n"), None)
         return f"its process is {psutil.Process(one.beat.pid).status()}"

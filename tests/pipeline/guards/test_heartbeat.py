@@ -20,6 +20,7 @@ from pipeline.guards.heartbeat import (
     newest_launch,
     read_beats,
 )
+from pipeline.guards.watchdog import within
 from pipeline.options import Fault
 
 
@@ -128,6 +129,13 @@ def test_every_rank_that_is_gone_is_named() -> None:
     told = lost_sentence(gone)
     assert "rank 1 (host n1" in told
     assert "rank 3 (host n3" in told
+
+
+def test_a_disk_that_hangs_keeps_nobody_from_ending() -> None:
+    started = time.monotonic()
+    assert within(0.05, lambda: time.sleep(5) or 1, 2) == 2
+    assert within(30, lambda: 1, 2) == 1
+    assert time.monotonic() - started < 4
 
 
 @pytest.mark.parametrize("module", ["heartbeat", "stalls", "watchdog", "launcher", "attempt"])

@@ -82,6 +82,14 @@ def test_a_rank_that_said_good_bye_is_not_silent() -> None:
     assert speaker(seen, []) == 0
 
 
+def test_alone_a_rank_names_itself() -> None:
+    seen = compare([], [beat(0)])
+    assert [one.beat.rank for one in culprits(seen)] == [0]
+    assert speaker(seen, culprits(seen)) == 0
+    told = sentence(culprits(seen), seen, 30, ["at pipeline/sources.py:1 in share"])
+    assert told.endswith("(at pipeline/sources.py:1 in share); this has lasted 30 s")
+
+
 def test_long_phases_and_a_first_step_are_given_time() -> None:
     assert patience(300, "backward", is_first_step=False) == 300
     assert patience(300, "backward", is_first_step=True) == 1800

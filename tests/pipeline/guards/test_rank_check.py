@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.guards import agreement
-from pipeline.guards.agreement import minority, tensor_hash
+from pipeline.guards import rank_check
+from pipeline.guards.rank_check import minority, tensor_hash
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
@@ -33,7 +33,7 @@ def test_values_that_change_places_change_the_hash_and_chunks_do_not(
     before = tensor_hash(tensor)
     assert tensor_hash(tensor.flip(0)) != before
     assert tensor_hash(tensor.view(10, 100).T.contiguous().T) == before
-    monkeypatch.setattr(agreement, "_CHUNK", 64)
+    monkeypatch.setattr(rank_check, "_CHUNK", 64)
     assert tensor_hash(tensor) == before
     assert tensor_hash(torch.zeros(0)) == 0
 
