@@ -1,9 +1,8 @@
-"""DeepSpeed's own launcher: a run from start to end, mistakes, stops, kills."""
+"""DeepSpeed's own launcher: a run from start to end, mistakes, stops; kills in test_kills.py."""
 
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -129,26 +128,6 @@ def test_two_launches_of_one_run_do_not_disturb_each_other(
     code, output = finish(first)
     assert code == 0, output
     assert losses(run) == losses(whole)
-
-
-@pytest.mark.parametrize("seed", [0, *[pytest.param(s, marks=pytest.mark.soak) for s in (1, 2, 3)]])
-def test_a_killed_run_ends_as_an_undisturbed_one(
-    seed: int, whole: Path, shards_dir: Path, tmp_path: Path
-) -> None:
-    """SIGKILL to everything at a random moment, saves included; then the same command."""
-    run, moment = tmp_path / "run", random.Random(seed)
-    first = launch("pretrain", long_run(run, shards_dir))
-    wait_for_step(run, moment.randrange(30, 120))
-    time.sleep(moment.random() / 10)
-    kill_tree(first.pid)
-    first.communicate(timeout=30)
-    code, output = finish(launch("pretrain", long_run(run, shards_dir)))
-    assert code == 0, output
-    # Not from scratch, which would give the same losses too.
-    assert min(r["step"] for r in records(run, "metrics.jsonl") if r["attempt"] == 2) > 20
-    assert losses(run) == losses(whole)
-    last = [records(r, "eval.jsonl")[-1]["loss"] for r in (run, whole)]
-    assert last[0] == last[1]
 
 
 @pytest.mark.parametrize(

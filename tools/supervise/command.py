@@ -32,8 +32,8 @@ class Options:
     says. A mistake in its settings (2) and an agreed stop (130) end it too. Any other end is a
     crash: what is left of it on this host is ended by process id, and the command is started again,
     at most max_restarts times in a row without a new checkpoint between; then the exit code is 1.
-    Hosts of the hostfile that do not answer, and GPUs that are gone, are left out. SIGINT, SIGTERM
-    and SIGUSR1 are passed on to the ranks, which save and leave.
+    Hosts of the hostfile that do not answer, and GPUs that are gone, are left out. SIGINT, SIGTERM,
+    SIGUSR1 and the loss of its terminal are passed on to the ranks, which save and leave.
     """
 
     command: tuple[str, ...] = option(
@@ -58,7 +58,8 @@ class Options:
 def run(options: Options) -> None:
     """Supervise until the run ends. Exits with 130, 2 or 1 where it did not finish."""
     launch = Launch.read(options.command)
-    with only_supervisor(launch.run_dir):
+    node = launch.flag("node_rank") if launch.flag("no_ssh") is not None else None
+    with only_supervisor(launch.run_dir, node or ""):
         code = Supervisor(options, launch).run()
     if code:
         sys.exit(code)
@@ -76,10 +77,10 @@ class Supervisor:
 
     def run(self) -> int:
         """The exit code: 0 where the run is FINISHED."""
-        previous = {
-            number: signal.signal(number, self._ask)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        }
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+            numbers.append(signal.SIGHUP)
+        previous = {number: signal.signal(number, self._ask) for number in numbers}
         try:
             return self._run()
         finally:
@@ -143,7 +144,9 @@ class Supervisor:
             self._say(f"{self._asked}: waits for the run to save its state")
         self._clear("the attempt", stop)
         code = child.wait()
-        return code, f"{Path(launch.words[0]).name} ended with {policy.describe_code(code)}"
+        program = "deepspeed" if launch.uses_deepspeed else Path(launch.words[0]).name
+        state = f"{program} ended with {policy.describe_code(code)}"
+        return code, state if code else f"{state}, but the run is not FINISHED"
 
     def _clear(self, what: str, stop: Stop) -> None:
         """Whatever still works on the run may save, and is ended where it does not leave."""

@@ -1,4 +1,4 @@
-"""One supervisor a run: a lock that the kernel drops with its process, and whose it is."""
+"""One supervisor a run: a lock that the kernel drops with its process, and who holds it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ _LOCK = ".supervisor"
 
 
 @contextlib.contextmanager
-def only_supervisor(run: Path) -> Iterator[None]:
-    """Keep other supervisors from the run. Raises UserError where there is one."""
+def only_supervisor(run: Path, node: str = "") -> Iterator[None]:
+    """Keep other supervisors from the run. Raises UserError where there is one.
+
+    Args:
+        node: of a run that is launched on each of its nodes by itself, and supervised there.
+    """
+    name = f"{_LOCK}.{node}" if node else _LOCK
     existed = run.exists()
     try:
         run.mkdir(parents=True, exist_ok=True)
-        handle = (run / _LOCK).open("a+", encoding="utf-8")
+        handle = (run / name).open("a+", encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"run_dir={str(run)!r}: {error.strerror}; give a folder that can be written"
@@ -43,22 +48,19 @@ def only_supervisor(run: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if not existed and all(path.name == _LOCK for path in run.iterdir()):
+            if not existed and all(path.name == name for path in run.iterdir()):
                 shutil.rmtree(run)  # of a run that was never begun
 
 
 def supervisor_here(run: Path) -> psutil.Process | None:
     """The run's supervisor, where it is on this host and lives."""
-    try:
-        with (run / _LOCK).open(encoding="utf-8") as handle:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except FileNotFoundError:
-        return None
-    except BlockingIOError:
-        pid, _, host = (run / _LOCK).read_text(encoding="utf-8").strip().partition(" on ")
-    if host != socket.gethostname() or not pid.isdecimal():
-        return None
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(int(pid))
+    for file in run.glob(f"{_LOCK}*"):
+        with file.open(encoding="utf-8") as handle:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                continue  # nobody's
+            pid, _, host = handle.read().strip().partition(" on ")
+        if host == socket.gethostname() and pid.isdecimal():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                return psutil.Process(int(pid))
     return None

@@ -125,9 +125,9 @@ def _fit_hosts(launch: Launch, slots: dict[str, int], probe: str) -> tuple[Launc
         fitted = fitted.with_flag("force_multi")
     if next(iter(slots)) not in used:
         fitted = fitted.without_flag("master_addr")
-    hosts = f"{len(used)} host{'s' if len(used) > 1 else ''}"
     return _keep_micro_batch(fitted, micro), (
-        f"{gone} did not answer: {ranks} ranks on {hosts} instead of {full} on {len(slots)}, "
+        f"{gone} did not answer: {_count(ranks, 'rank')} on {_count(len(used), 'host')} instead of "
+        f"{full} on {len(slots)}, "
         f"{_reason(launch, micro)}"
     )
 
@@ -145,7 +145,7 @@ def _fit_one_host(launch: Launch) -> tuple[Launch, str]:
         return launch, ""
     fitted = launch.with_flag("num_gpus", str(ranks))
     return _keep_micro_batch(fitted, micro) if asked else fitted, (
-        f"{state}: {ranks} ranks instead of {asked or visible}, {_reason(launch, micro)}"
+        f"{state}: {_count(ranks, 'rank')} instead of {asked or visible}, {_reason(launch, micro)}"
     )
 
 
@@ -153,10 +153,16 @@ def _ranks_of(launch: Launch, micro: int, available: int, state: str) -> int:
     ranks = largest_world(launch.config.global_batch, micro, available)
     if ranks == 0:
         raise NoRanks(
-            f"{state}, and {available} slots are left: no number of ranks up to that cuts "
+            f"{state}: no number of ranks up to the {available} that are left cuts "
             f"global_batch={launch.config.global_batch} into micro-batches of {micro}"
+            if available
+            else f"{state}: nothing is left to go on with"
         )
     return ranks
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' if number > 1 else ''}"
 
 
 def _reason(launch: Launch, micro: int) -> str:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.options import UserError
@@ -76,6 +76,7 @@ FLAGS = st.lists(
 )
 
 
+@settings(deadline=None)  # of a machine that is at work
 @given(FLAGS, st.sampled_from(["hostfile", "num_gpus", "master_port"]))
 def test_flags_are_read_changed_and_removed_as_argparse_sees_them(
     flags: list[list[str]], name: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,6 +33,8 @@ if action.startswith("save"):
 if action == "finish":
     (run / "FINISHED").touch()
     os.kill(os.getpid(), signal.SIGKILL)
+if action == "late":
+    (run / ("FINISHED" if (run / "saved").exists() else "early")).touch()
 if action.startswith("leave"):
     # A rank that outlives its launcher.
     deaf = "trap '' TERM; " if action == "leave_deaf" else ""
@@ -51,26 +54,39 @@ if action == "train":
 sys.exit({"mistake": 2, "stop": 130, "zero": 0}.get(action, 1))
 """
 
+LAUNCHER = """
+import pathlib, runpy, sys
+
+here = pathlib.Path(sys.argv[0])
+place = [pathlib.Path(word).name for word in sys.argv].index("pretrain.py")
+with here.with_name("launched").open("a") as file:
+    print(*sys.argv[1:place], file=file)
+sys.argv = sys.argv[place:]
+runpy.run_path(sys.argv[0])
+"""
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run's folder to be, beside the entry point."""
+    """A run's folder to be, beside the entry point and something like DeepSpeed's launcher."""
     (tmp_path / "pretrain.py").write_text(ENTRY)
+    (tmp_path / "deepspeed").write_text(LAUNCHER)
     return tmp_path / "run"
 
 
-def words(run: Path, plan: str, *flags: str) -> list[str]:
-    """What follows `isoflop` for a run that goes by the plan."""
+def words(run: Path, plan: str, *flags: str, launcher: tuple[str, ...] = ()) -> list[str]:
+    """What follows `isoflop` for a run that goes by the plan; `launcher` are its own flags."""
     (run.parent / "plan").write_text(plan)
     told = [word for word in TOLD if not word.startswith("--run_dir")]
-    entry = [sys.executable, "-I", "-S", str(run.parent / "pretrain.py"), f"--run_dir={run}"]
+    python = [sys.executable, "-I", "-S", *([f"{run.parent}/deepspeed"] if launcher else [])]
+    entry = [*python, *launcher, f"{run.parent}/pretrain.py", f"--run_dir={run}"]
     return ["supervise", "--backoff=0.01", *flags, "--", *entry, *told]
 
 
-def here(run: Path, plan: str, *flags: str) -> int:
+def here(run: Path, plan: str, *flags: str, launcher: tuple[str, ...] = ()) -> int:
     """The exit code of `isoflop supervise` in this process."""
     try:
-        dispatch(words(run, plan, *flags))
+        dispatch(words(run, plan, *flags, launcher=launcher))
     except SystemExit as left:
         return int(str(left.code))
     return 0
@@ -136,12 +152,12 @@ def test_no_process_of_an_attempt_is_left_when_the_next_begins(
 
 
 def test_what_a_killed_supervisor_left_is_ended_before_the_next_one_starts(run: Path) -> None:
-    first = start(run, "train finish")
+    first = start(run, "train late stop")
     wait_for(run / "training")
     first.kill()
     first.wait()  # its pipe is still held by what it left
     assert len(processes_of(run)) == 1
-    assert here(run, "train finish") == 0
+    assert here(run, "train late stop") == 0
     assert (run / "saved").exists()
     assert not processes_of(run)
 
@@ -155,6 +171,7 @@ def test_a_stop_is_passed_on_and_the_save_waited_for(number: signal.Signals, run
     assert code == 130, said
     assert (run / "saved").exists()
     assert f"{number.name}: waits for the run to save its state" in said
+    assert "starts again" not in said
     assert len((run / "attempts").read_text()) == 1
 
 
@@ -178,3 +195,35 @@ def test_a_run_that_was_never_begun_leaves_no_folder(run: Path) -> None:
     with pytest.raises(UserError, match="cannot run it"), only_supervisor(run):
         raise UserError("cannot run it")
     assert not run.exists()
+
+
+def test_a_port_that_is_taken_is_done_without(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("", 0)) as server:
+        taken = str(server.getsockname()[1])
+        assert here(run, "crash finish", launcher=("--quiet", "--master_port", taken)) == 0
+    assert f"master_port={taken}: taken by another process; " in capfd.readouterr().err
+    launched = (run.parent / "launched").read_text().splitlines()
+    ports = [line.removeprefix("--quiet --master_port ") for line in launched]
+    assert len(ports) == 2
+    assert taken not in ports
+
+
+def test_it_goes_on_without_a_host_that_does_not_answer_and_ends_without_any(
+    run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hostfile = run.parent / "hostfile"
+    hostfile.write_text("n0 slots=4\nn1 slots=4\n")
+    launcher = ("--hostfile", str(hostfile))
+    # The first start makes the run's attempts/ and with it n1 is gone.
+    (run.parent / "n0").touch()
+    probe = f"sh -c 'test -e {run.parent}/{{host}} || test ! -e {run}/attempts'"
+    assert here(run, "crash finish", f"--probe={probe}", launcher=launcher) == 0
+    assert "n1 did not answer: 4 ranks on 1 host instead of 8 on 2" in capfd.readouterr().err
+    assert (run.parent / "launched").read_text().splitlines() == [
+        f"--hostfile {hostfile}",
+        f"--hostfile {run}/hostfile --force_multi",
+    ]
+    (run / "FINISHED").unlink()
+    gone = here(run, "", "--probe=false", "--max_restarts=1", launcher=launcher)
+    assert gone == 1
+    assert "nothing is left to go on with, at its start" in capfd.readouterr().err
