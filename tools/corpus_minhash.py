@@ -71,7 +71,7 @@ def signature_task(
         str(_folder(output, "signatures")), config=_config(), language=LANGUAGE
     )
     step.run(documents(), task.id, 1)
-    _mark(_signed(output, task.id), _signatures(output, task.id))
+    mark_done(_signed(output, task.id), signature_files(output, task.id))
 
 
 def bucket_task(task: Task, settings: Settings, output: Path, *, in_worker: bool = False) -> None:
@@ -82,7 +82,7 @@ def bucket_task(task: Task, settings: Settings, output: Path, *, in_worker: bool
         str(_folder(output, "signatures")), str(_folder(output, "pairs")), config=_config()
     )
     step.run(None, task.id, NUM_BUCKETS)
-    _mark(_paired(output, task.id), _pairs(output, task.id))
+    mark_done(_paired(output, task.id), pair_files(output, task.id))
 
 
 def _signed(output: Path, task: int) -> Path:
@@ -93,16 +93,18 @@ def _paired(output: Path, task: int) -> Path:
     return output / "tasks" / f"{task:06d}.paired"
 
 
-def _signatures(output: Path, task: int) -> list[Path]:
+def signature_files(output: Path, task: int) -> list[Path]:
+    """What a task leaves."""
     folder = _folder(output, "signatures")
     return [folder / f"bucket_{n:03d}" / f"{task:05d}.minhash.sig" for n in range(NUM_BUCKETS)]
 
 
-def _pairs(output: Path, bucket: int) -> list[Path]:
+def pair_files(output: Path, bucket: int) -> list[Path]:
+    """What is left of a bucket."""
     return [_folder(output, "pairs") / f"{bucket:05d}_00.dups"]
 
 
-def _mark(path: Path, files: Sequence[Path]) -> None:
+def mark_done(path: Path, files: Sequence[Path]) -> None:
     """Say that a task is done, and what its files then were."""
     write_atomically(path, json.dumps([file_digest(file) for file in files]))
 
@@ -116,11 +118,11 @@ def _is_as_marked(path: Path, files: Sequence[Path]) -> Counts | None:
 
 
 def _is_signed(output: Path, task: int) -> Counts | None:
-    return _is_as_marked(_signed(output, task), _signatures(output, task))
+    return _is_as_marked(_signed(output, task), signature_files(output, task))
 
 
 def _is_paired(output: Path, task: int) -> Counts | None:
-    return _is_as_marked(_paired(output, task), _pairs(output, task))
+    return _is_as_marked(_paired(output, task), pair_files(output, task))
 
 
 SIGN = Stage("minhash signatures", signature_task, _signed, _is_signed)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.manifest import read_manifest
 from pipeline.options import UserError
-from tools import corpus_dedup, tokenize_corpus, tokenizer
+from tools import corpus_dedup, corpus_minhash, tokenize_corpus, tokenizer
 from tools.corpus_decontaminate import Contamination, ngrams, strings
 from tools.corpus_dedup import DUPLICATE, HASH, Drops, find_duplicates
 from tools.corpus_plan import Settings, Task
@@ -133,6 +133,28 @@ def test_what_was_damaged_between_passes_is_told_or_made_again(model, tmp_path, 
     assert [offset for _, offset, _ in listed(tmp_path / "out")] == [
         16 * place for place in range(2, 9)
     ]
+
+
+@pytest.mark.parametrize("stage", [corpus_minhash.SIGN, corpus_minhash.PAIR])
+def test_a_minhash_file_that_changed_makes_its_task_run_again(tmp_path, stage):
+    """Whether a task is done, without datatrove's work: what it left is told by its mark."""
+    files = {
+        corpus_minhash.SIGN: corpus_minhash.signature_files,
+        corpus_minhash.PAIR: corpus_minhash.pair_files,
+    }[stage](tmp_path, 3)
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"of " + file.name.encode())
+    assert stage.done(tmp_path, 3) is None
+    corpus_minhash.mark_done(stage.mark(tmp_path, 3), files)
+    assert stage.done(tmp_path, 3) == (0, 0)
+    last = files[-1].read_bytes()
+    files[-1].write_bytes(last[:-1] + b"?")
+    assert stage.done(tmp_path, 3) is None
+    files[-1].write_bytes(last)
+    assert stage.done(tmp_path, 3) == (0, 0)
+    files[-1].unlink()
+    assert stage.done(tmp_path, 3) is None
 
 
 def naive_ngrams(text):

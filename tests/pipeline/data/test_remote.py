@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import tarfile
 import threading
 import time
 from dataclasses import replace
@@ -17,9 +19,11 @@ from pipeline.data.flan import FlanStore
 from pipeline.data.loader import TrainingOrder
 from pipeline.data.manifest import check_folder, read_manifest, write_manifest
 from pipeline.data.sequences import SequenceStore
+from pipeline.data.validation import stream_sequences
 from pipeline.options import UserError
 from tests.pipeline.data.s3_server import serving
 from tools import inspect_shards
+from tools.worker_pool import in_order
 
 # A real server and a proxy before it.
 pytestmark = pytest.mark.distributed
@@ -221,6 +225,48 @@ def test_no_name_in_a_manifest_writes_outside_the_cache(shards, tmp_path, field,
     assert after - before <= {tmp_path / "deep", outside}
     found = [path.name for path in outside.rglob("*") if path.is_file()]
     assert not any("evil" in name for name in found)
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/etc/evil", "a/../../evil", "evil/x"])
+def test_no_name_in_a_tar_writes_outside_the_cache(shards, tmp_path, name):
+    copy, cache = Path(shutil.copytree(shards, tmp_path / "copy")), tmp_path / "deep" / "cache"
+    manifest = read_manifest(copy)
+    shard = manifest.select("validation", "github")[0]
+    # The first member under another name, its header's checksum and all hashes right.
+    content = bytearray((copy / shard.path).read_bytes())
+    info = tarfile.TarInfo.frombuf(content[:512], "ascii", "strict")
+    info.name = f"{name}.tokens.npy"
+    content[:512] = info.tobuf(tarfile.USTAR_FORMAT)
+    (copy / shard.path).write_bytes(content)
+    hostile = replace(shard, sha256=hashlib.sha256(content).hexdigest())
+    shards_now = tuple(hostile if one is shard else one for one in manifest.shards)
+    write_manifest(copy, replace(manifest, shards=shards_now))
+    before = set(tmp_path.rglob("*"))
+    folder = remote.local_folder(f"file://{copy}", str(cache), 1.0)
+    store = SequenceStore(folder, "validation", 128)
+    # Offsets are arithmetic: names are not even looked at.
+    assert np.array_equal(
+        store.read("github", 0)[0], SequenceStore(shards, "validation", 128).read("github", 0)[0]
+    )
+    with pytest.raises(UserError, match="is not what was written"):
+        stream_sequences(store, [("github", 0)])
+    new = {path for path in tmp_path.rglob("*") if cache not in path.parents} - before
+    assert new == {tmp_path / "deep", cache}
+    assert not any("evil" in path.name for path in cache.rglob("*"))
+
+
+def rank(folder):
+    """What one process of several on a node reads."""
+    return order_of(folder).batch(0, 40).ids.sum()
+
+
+@pytest.mark.soak
+def test_processes_of_a_node_fetch_each_shard_once(proxy, shards, tmp_path):
+    folder = remote.local_folder(URL, str(tmp_path), 1.0)
+    expected = order_of(shards).batch(0, 40).ids.sum()
+    assert list(in_order(rank, [folder] * 4, workers=4)) == [expected] * 4
+    fetched = {path: count for path, count in proxy.reads.items() if path.endswith(".tar")}
+    assert set(fetched.values()) == {1}
 
 
 @pytest.mark.parametrize("url", ["file:///../../x", "nosuch://x/y", "s3://", "file://\0"])

@@ -26,6 +26,17 @@ def test_every_document_comes_back_once_and_in_its_source(corpus, shards):
     assert sum(s.documents for s in manifest.select("validation")) > 10
 
 
+def test_any_jsonl_is_read_by_the_field_that_holds_its_text(model, tmp_path):
+    (tmp_path / "in").mkdir()
+    rows = [{"content": f"row {i}", "text": "another"} for i in range(20)] + [{"text": "none"}]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "in/some.jsonl").write_text(content)
+    given = {"text_field": "content", "default_source": "mine", "validation_fraction": 0.0}
+    out = run(tmp_path / "in", model, tmp_path / "out", **given)
+    assert recovered(out, "train", "mine") == [f"row {i}" for i in range(20)]
+    assert read_manifest(out).inputs[0].rejects == {"no text": 1}
+
+
 def test_equal_texts_of_different_sources_are_on_one_side(model, tmp_path):
     for name in ("book", "github"):
         (tmp_path / name).mkdir()
