@@ -47,14 +47,13 @@ def test_a_stop_tries_where_the_run_stands_whatever_failed_before(
     trainer: Any = SimpleNamespace(
         step=saved_at,
         attempt=1,
-        skipped_in_a_row=0,
         engine=None,
         folder=RunFolder(tmp_path),
         world=SimpleNamespace(is_main=True),
         config=SimpleNamespace(async_checkpoints=True, on_failed_save="stop"),
         say=print,
     )
-    trainer.state = lambda: {"step": trainer.step}
+    trainer.record = lambda: {"step": trainer.step}
     saving._save(trainer)
     trainer.step = 3
     if second:
