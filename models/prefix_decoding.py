@@ -19,7 +19,7 @@ from torch import Tensor
 from models.batch import Batch
 from models.decoding import CachedDecoding, KeptBlock, causal_sight
 from models.entp_layers import Projected, enter, project
-from models.prefix_attention import Prefixes
+from models.prefix_attention import Prefixes, scaled_scores, wide
 from models.rotary import Rotary, rotary_tables
 
 if TYPE_CHECKING:
@@ -107,17 +107,19 @@ class GrowingAttention:
         Returns:
             Of all tokens the layer's input [B, M, d] and what they read [B, M, h, k]; M is the
             longest row, and what lies behind a row's end means nothing.
+
+        Scores and sums are taken in at least fp32, as in training.
         """
-        queries = projected.queries * projected.queries.shape[3] ** -0.5
+        queries = projected.queries
         group = queries.shape[2] // projected.keys.shape[2]
         new_keys, new_values = (
             x.repeat_interleave(group, dim=2) for x in (projected.keys, projected.values)
         )
         is_first = not self._kept
         if is_first:
-            wide = torch.promote_types(queries.dtype, torch.float32)
-            log_sums = queries.new_zeros(*queries.shape[:3], 1, dtype=wide)
-            shapes = projected.hidden, queries, new_keys, new_values, queries.to(wide), log_sums
+            results = wide(queries)
+            log_sums = results.new_zeros(*queries.shape[:3], 1)
+            shapes = projected.hidden, queries, new_keys, new_values, results, log_sums
             self._kept = tuple(x.new_zeros(len(x), self._room, *x.shape[2:]) for x in shapes)
         size = int(lengths.max())
         rows = torch.arange(len(queries), device=queries.device).unsqueeze(1)
@@ -129,12 +131,11 @@ class GrowingAttention:
         if not is_first:
             self._move(all_queries, new_keys, new_values, results, log_sums)
         behind = torch.arange(size, device=queries.device) >= lengths.view(-1, 1, 1, 1)
-        scores = (queries.transpose(1, 2) @ keys.permute(0, 2, 3, 1)).to(log_sums.dtype)
+        scores = scaled_scores(queries, keys)
         scores = scores.masked_fill(behind, -torch.inf)  # [B, h, S, M]
         sums = scores.logsumexp(-1, keepdim=True)
-        weights = (scores - sums).exp().to(values.dtype)
-        read = (weights @ values.transpose(1, 2)).transpose(1, 2)
-        results[rows, positions] = read.to(results.dtype)
+        read = (scores - sums).exp() @ wide(values).transpose(1, 2)
+        results[rows, positions] = read.transpose(1, 2)
         log_sums[rows, positions] = sums.transpose(1, 2)
         return hidden, results.to(hidden.dtype)
 
@@ -147,8 +148,7 @@ class GrowingAttention:
         A shorter row's newest token is among them; its own pass over the keys follows.
         """
         old = queries.shape[1] - 1
-        scores = queries[:, :old].transpose(1, 2) @ new_keys.permute(0, 2, 3, 1)
-        scores = scores.transpose(1, 2).to(log_sums.dtype)  # [B, old, h, 1]
+        scores = scaled_scores(queries[:, :old], new_keys).transpose(1, 2)  # [B, old, h, 1]
         log_sums[:, :old] = torch.logaddexp(log_sums[:, :old], scores)
         share = (scores - log_sums[:, :old]).exp()
         results[:, :old] = results[:, :old].lerp(new_values.to(results.dtype), share)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.benchmarks import (
     encoder_decoder_steps,
+    entp_authors,
     entp_steps,
     feeding,
     feeding_cold,
@@ -31,6 +32,7 @@ ALL: dict[str, Benchmark] = {
         sgemm,
         heads,
         entp_steps,
+        entp_authors,
         trainer_step,
         optimizer_step,
     )
@@ -39,7 +41,5 @@ ALL: dict[str, Benchmark] = {
 
 # Peers with no benchmark: name to what one would take. `--peers` lists them as not run.
 ABSENT_PEERS: dict[str, str] = {
-    "entp-authors": "a checkout of the authors' code (ENTP_DIR) and its model "
-    "class; entp-loop-* compares with the same algorithm in torch's own operations",
     "tokenise-litdata": "an environment with litdata",
 }

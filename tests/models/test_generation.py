@@ -263,3 +263,19 @@ def test_running_sums_do_not_drift(scale):
     expected = F.scaled_dot_product_attention(*exact, enable_gqa=True).transpose(1, 2)
     assert torch.equal(kept, hidden)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=2e-6 * scale)
+
+
+def test_running_sums_in_bfloat16_err_no_more_than_attention_at_once():
+    """Grown key by key to 200 tokens; scores rounded to bf16 would err in every later sum."""
+    torch.manual_seed(0)
+    hidden = torch.randn(1, 200, 4).bfloat16()
+    queries, keys, values = (torch.randn(1, 200, 2, 16).bfloat16() for _ in range(3))
+    queries *= 4
+    growing = GrowingAttention(200)
+    for low, high in [(0, 3), *((n, n + 1) for n in range(3, 200))]:
+        new = Projected(*(x[:, low:high] for x in (hidden, queries, keys, values)))
+        _, found = growing.add(new, torch.arange(low, high).expand(1, -1), torch.tensor([high]))
+    parts = [x.transpose(1, 2) for x in (queries, keys, values)]
+    at_once = F.scaled_dot_product_attention(*parts).transpose(1, 2)
+    exact = F.scaled_dot_product_attention(*(x.double() for x in parts)).transpose(1, 2)
+    assert (found - exact).norm() < 1.1 * (at_once - exact).norm()
