@@ -17,6 +17,8 @@ _BROKEN = (
     "broken pipe",
     "read error",
     "timed out waiting",
+    "application timeout",
+    "gloo",
     "socket timeout",
     "nccl",
     "remote process exited",

@@ -35,7 +35,8 @@ class Host:
         name: what `hostname` says there.
         namespace: of its network.
         interface, address: of its end of the cable.
-        files: the /etc/hosts of both.
+        names: its /etc/hosts. As on Debian its own name is the loopback's there, which gloo would
+            take if it were not told otherwise.
         views: folders that it sees in the place of others, {place: what is seen there}.
     """
 
@@ -43,14 +44,14 @@ class Host:
     namespace: str
     interface: str
     address: str
-    files: Path
+    names: Path
     views: dict[Path, Path] = field(default_factory=dict)
 
     def start(
         self, command: Sequence[str | Path], environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[str]:
         """`command` on this host, its output to be read."""
-        views = {Path("/etc/hosts"): self.files, **self.views}
+        views = {Path("/etc/hosts"): self.names, **self.views}
         seen = "".join(f"mount --bind '{seen}' '{place}' && " for place, seen in views.items())
         script = f'hostname {self.name} && {seen}exec "$@"'
         inside = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "--mount"]
@@ -177,15 +178,17 @@ def two_hosts(folder: Path) -> Iterator[Pair]:
         pytest.skip("network namespaces need root")
     _need(_NEEDED)
     folder.mkdir()
-    (folder / "hosts").write_text("127.0.0.1 localhost\n10.99.0.1 n0\n10.99.0.2 n1\n")
     (folder / "hostfile").write_text("n0 slots=1\nn1 slots=1\n")
     first, second = (
-        Host(name, f"isoflop-{os.getpid()}-{name}", interface, address, folder / "hosts")
+        Host(name, f"isoflop-{os.getpid()}-{name}", interface, address, folder / f"{name}.hosts")
         for name, interface, address in (
             ("n0", "left0", "10.99.0.1"),
             ("n1", "right1", "10.99.0.2"),
         )
     )
+    for host, other in ((first, second), (second, first)):
+        lines = ("127.0.0.1 localhost", f"127.0.1.1 {host.name}", f"{other.address} {other.name}")
+        host.names.write_text("\n".join(lines) + "\n")
     hosts = (first, second)
     made = []
     try:
