@@ -36,6 +36,9 @@ def run_stage(stage: Stage) -> None:
         print(program_help(stage.program, stage.purpose))
         return
     main_rank = os.environ.get("RANK", "0") == "0"
+    # Torch's sockets warn, with a page of addresses, of what is told in one line here: a host whose
+    # name is not known, a rank that is gone.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     def locked_plan() -> Plan:
         plan = check_run(stage, argv)

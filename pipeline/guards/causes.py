@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Callable
 
@@ -35,7 +37,7 @@ def cause_of(
     """
     text = str(error).lower()
     if isinstance(error, RuntimeError) and any(words in text for words in _BROKEN):
-        return _lost(heart) or _cut_off(*name_lost(), error)
+        return _lost(heart) or _cut_off(*name_lost(), error) or _unconnected(text)
     return None
 
 
@@ -44,6 +46,18 @@ def _cut_off(told: str, teller: int, error: Exception) -> UserError | None:
     if not told:
         return None
     return Fault(f"{told} ({str(error).splitlines()[0][-120:]}); {GO_ON}", told_by=teller)
+
+
+def _unconnected(text: str) -> UserError | None:
+    """Ranks that all reached the first one, and not each other."""
+    if "connectfullmesh" not in text:
+        return None
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    return Fault(
+        f"the ranks answer at MASTER_ADDR={os.environ.get('MASTER_ADDR')}, but gloo cannot connect "
+        f"them with each other (GLOO_SOCKET_IFNAME={interface!r} on {socket.gethostname()}); let "
+        "the nodes reach each other's ports, or name the interface that leads to all of them"
+    )
 
 
 def _lost(heart: Heart) -> UserError | None:

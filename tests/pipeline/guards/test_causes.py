@@ -28,8 +28,15 @@ def test_who_is_cut_off_is_asked_over_the_network(message: str) -> None:
     assert message[-30:] in str(known)
     assert "\n" not in str(known)
     assert (known.exit_code, known.told_by) == (1, 3)
-    # Where all answer, the traceback says more.
-    assert cause_of(RuntimeError(message), Heart(), lambda: ("", 0)) is None
+
+
+def test_where_all_answer_the_traceback_says_more_but_of_a_network_between_them() -> None:
+    timed_out = RuntimeError("Timed out waiting 8000ms for recv operation to complete")
+    assert cause_of(timed_out, Heart(), lambda: ("", 0)) is None
+    mesh = RuntimeError("Gloo connectFullMesh failed with [/gloo/transport/tcp/pair.cc:152] timed")
+    known = cause_of(mesh, Heart(), lambda: ("", 0))
+    assert known is not None
+    assert "gloo cannot connect them with each other (GLOO_SOCKET_IFNAME=" in str(known)
 
 
 def test_an_error_that_no_other_rank_makes_is_left_alone() -> None:
