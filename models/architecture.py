@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from models.config import ModelConfig
+    from models.kept import Round
     from models.operations import Operation, Pass
     from models.parameter_counts import BodyParameters
+    from models.parameter_shapes import Shapes
     from models.shapes import Shape
 
 
@@ -40,6 +42,12 @@ class Architecture:
     """The matrix products of one forward pass, those of the head excepted."""
     parameters: Callable[[ModelConfig], BodyParameters]
     """Numbers of parameters, those of the embeddings excepted."""
+    shapes: Callable[[ModelConfig], Shapes] | None = None
+    """Names and shapes of its parameters in the model's order, those of the embeddings excepted;
+    None: `isoflop plan` cannot plan it."""
+    kept: Callable[[ModelConfig, int, Pass], Iterable[Round]] | None = None
+    """(config, rows, training pass of each) → what each backward call of a micro-batch keeps; where
+    they differ, only the largest need be given. None: `isoflop plan` cannot plan it."""
     logit_positions: Callable[[ModelConfig, Pass], int] = _scored
     """Positions that one pass computes logits for; all that are scored, or a sample."""
     style: Mapping[str, Any] = field(default_factory=dict)

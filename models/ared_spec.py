@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from models.architecture import Architecture
+from models.kept import Amount, Round, block, final_norm, norm, plain, rotary
 from models.operations import (
     Operation,
     Pass,
@@ -23,6 +24,7 @@ from models.parameter_counts import (
     block_parameters,
     norm_parameters,
 )
+from models.parameter_shapes import Shapes, inside, linear_shapes, norm_shapes, stack
 from models.shapes import GPT2
 
 if TYPE_CHECKING:
@@ -73,6 +75,55 @@ def parameters(config: ModelConfig) -> BodyParameters:
     )
 
 
+def shapes(config: ModelConfig) -> Shapes:
+    """As models/ared.py makes them."""
+    d = config.d_model
+    if config.positional_subtraction_norm:
+        yield from inside("subtraction_norm", norm_shapes(config))
+    yield from stack("encoder", config.num_encoder_layers, config)
+    if config.bridge_norm:
+        yield from inside("bridge_norm", norm_shapes(config))
+    yield from inside("bridge", linear_shapes(d, d, config))
+    yield from stack("decoder", config.num_layers, config, cross=True, norm_source=True)
+    yield from inside("final_norm", norm_shapes(config))
+    if config.embedding_loss != "none" and config.embedding_loss_affine:
+        norms = ["mean_norm"] * (config.embedding_mean_norm != "none")
+        for name in [*norms, *["encoded_norm"] * config.embedding_encoder_norm]:
+            yield f"{name}.weight", (d,)
+            yield f"{name}.bias", (d,)
+
+
+def kept(config: ModelConfig, rows: int, step: Pass) -> Iterator[Round]:
+    """Both stacks at once; the encoder's output, which the bridge and every decoder block read,
+    once, and the embedding loss's difference."""
+    positions, d = rows * step.tokens, config.d_model
+    bridge = Amount(positions * d)
+    if config.bridge_norm:
+        bridge += Amount(positions * d) + norm(config, positions)
+    segments = [
+        *(block(config, f"encoder.{i}", positions) for i in range(config.num_encoder_layers)),
+        plain("bridge", bridge, Amount(positions * d)),
+        *(
+            block(config, f"decoder.{i}", positions, source=positions, norm_source=True)
+            for i in range(config.num_layers)
+        ),
+        final_norm(config, positions),
+    ]
+    after_head = Amount()
+    if config.embedding_loss != "none":
+        # Embeddings normed, their sums and means, the encoder's normed, and the difference.
+        after_head = Amount(5 * positions * d)
+    yield Round(
+        segments=tuple(segments),
+        states=positions,
+        scored=rows * step.scored,
+        beside=rotary(config, step.tokens)
+        + rotary(config, step.tokens, config.cross_head_dim)
+        + Amount(positions * d * config.positional_subtraction_norm),
+        after_head=after_head,
+    )
+
+
 def problems(config: ModelConfig) -> Iterator[str]:
     """What an ARED cannot be."""
     if config.num_encoder_layers < 1:
@@ -92,6 +143,8 @@ ARCHITECTURE = Architecture(
     model="models.ared:ARED",
     operations=operations,
     parameters=parameters,
+    shapes=shapes,
+    kept=kept,
     style={
         **GPT2,
         "bias": False,

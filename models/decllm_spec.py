@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from models.architecture import Architecture
+from models.kept import Amount, Round, block, final_norm, rotary
 from models.operations import Operation, Pass, feed_forward, self_attention
 from models.parameter_counts import BodyParameters, block_parameters, norm_parameters
+from models.parameter_shapes import Shapes, inside, norm_shapes, stack
 
 if TYPE_CHECKING:
     from models.config import ModelConfig
@@ -33,10 +35,37 @@ def parameters(config: ModelConfig) -> BodyParameters:
     return BodyParameters(decoder=blocks + norms * norm_parameters(config))
 
 
+def shapes(config: ModelConfig) -> Shapes:
+    """As models/decllm.py makes them."""
+    if config.positional_subtraction_norm:
+        yield from inside("subtraction_norm", norm_shapes(config))
+    yield from stack("blocks", config.num_layers, config)
+    yield from inside("final_norm", norm_shapes(config))
+
+
+def kept(config: ModelConfig, rows: int, step: Pass) -> Iterator[Round]:
+    """Every block of the one stack, at once."""
+    positions = rows * step.tokens
+    blocks = [block(config, f"blocks.{i}", positions) for i in range(config.num_layers)]
+    yield Round(
+        segments=(*blocks, final_norm(config, positions)),
+        states=positions,
+        scored=rows * step.scored,
+        beside=rotary(config, step.tokens) + subtracted(config, positions),
+    )
+
+
+def subtracted(config: ModelConfig, positions: int) -> Amount:
+    """What a norm after positional subtraction keeps: the difference."""
+    return Amount(positions * config.d_model * config.positional_subtraction_norm)
+
+
 ARCHITECTURE = Architecture(
     model="models.decllm:DecLLM",
     operations=operations,
     parameters=parameters,
+    shapes=shapes,
+    kept=kept,
     fields=frozenset(
         {"restart_positions", "positional_subtraction", "positional_subtraction_norm"}
     ),

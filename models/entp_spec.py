@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from models import decllm_spec
+from models import decllm_spec, entp_kept
 from models.architecture import Architecture
+from models.kept import Round
 from models.operations import (
     Operation,
     Pass,
@@ -127,6 +128,14 @@ def _pairs(config: ModelConfig, pairs: int, squares: int, prefixes: int) -> Iter
     yield from feed_forward(config, prefixes)
 
 
+def kept(config: ModelConfig, rows: int, step: Pass) -> Iterator[Round]:
+    """The largest of the chunks."""
+    if is_decoder(config):
+        yield from decllm_spec.kept(config, rows, step)
+    else:
+        yield from entp_kept.kept(config, rows, step, absorbs=absorbs(config))
+
+
 def problems(config: ModelConfig) -> Iterator[str]:
     """More causal layers than leave a bidirectional one."""
     if config.entp_causal_layers >= config.num_layers:
@@ -148,6 +157,8 @@ ARCHITECTURE = Architecture(
     operations=operations,
     # Name by name a DecLLM's.
     parameters=decllm_spec.parameters,
+    shapes=decllm_spec.shapes,
+    kept=kept,
     logit_positions=logit_positions,
     style=GPT2,
     fields=frozenset({"entp_causal_layers", "entp_sampled_prefixes"}),

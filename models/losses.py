@@ -18,14 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models import head_rows
 from models.autocast import lowered, outside_autocast
 from models.matmul import add_transposed_times, times, times_transposed
-
-# How many logits are held at once. A matrix product wants many rows: on a CPU 256 are nearly as
-# fast as any number, 64 take nearly twice as long. What follows the product reads its logits six
-# times over, so on a CPU the vocabulary comes in blocks that stay in a cache.
-CPU_ROWS, CPU_ELEMENTS, CPU_VOCABULARY = 256, 1 << 21, 4096
-GPU_ELEMENTS = 1 << 26
 
 
 class LossTerms(NamedTuple):
@@ -109,9 +104,7 @@ def _check_targets(targets: Tensor, vocab_size: int) -> None:
 
 
 def _rows_at_once(weight: Tensor) -> int:
-    if weight.device.type == "cpu":
-        return max(CPU_ROWS, CPU_ELEMENTS // weight.shape[0])
-    return max(CPU_ROWS, GPU_ELEMENTS // weight.shape[0])
+    return head_rows.rows_at_once(weight.shape[0], on_cpu=weight.device.type == "cpu")
 
 
 class _Softmax:
@@ -127,7 +120,7 @@ class _Softmax:
 
     def __init__(self, inputs: Tensor, weight: Tensor, targets: Tensor) -> None:
         vocab_size = weight.shape[0]
-        width = CPU_VOCABULARY if weight.device.type == "cpu" else vocab_size
+        width = head_rows.CPU_VOCABULARY if weight.device.type == "cpu" else vocab_size
         edges = range(0, vocab_size, width)
         self.blocks = [(low, min(low + width, vocab_size)) for low in edges]
         self.targets = targets.unsqueeze(1)

@@ -5,6 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from models.parameter_shapes import (
+    attention_shapes,
+    block_shapes,
+    count,
+    feed_forward_shapes,
+    norm_shapes,
+)
+
 if TYPE_CHECKING:
     from models.config import ModelConfig
 
@@ -38,27 +46,19 @@ def embedding_parameters(config: ModelConfig) -> tuple[int, int]:
 
 def norm_parameters(config: ModelConfig) -> int:
     """Of one norm over d_model."""
-    return config.d_model * (2 if config.norm == "layernorm" and config.bias else 1)
+    return count(norm_shapes(config))
 
 
 def attention_parameters(config: ModelConfig, *, cross: bool = False) -> int:
     """Of one attention's four projections."""
-    d, width = config.d_model, config.num_heads * config.head_dim
-    kv_width = config.kv_width(cross=cross)
-    biases = width + 2 * kv_width + d if config.bias else 0
-    return 2 * d * width + 2 * d * kv_width + biases
+    return count(attention_shapes(config, cross=cross))
 
 
 def feed_forward_parameters(config: ModelConfig) -> int:
     """Of one feed-forward."""
-    d, f = config.d_model, config.d_ffn
-    inward = 2 if config.feed_forward == "swiglu" else 1
-    biases = inward * f + d if config.bias else 0
-    return (inward + 1) * d * f + biases
+    return count(feed_forward_shapes(config))
 
 
 def block_parameters(config: ModelConfig) -> int:
     """Of one block: self-attention, feed-forward and a norm before each."""
-    return (
-        attention_parameters(config) + feed_forward_parameters(config) + 2 * norm_parameters(config)
-    )
+    return count(block_shapes(config))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from models.architecture import Architecture
+from models.kept import Amount, Round, block, final_norm, norm, plain, rotary
 from models.operations import (
     Operation,
     Pass,
@@ -23,6 +24,7 @@ from models.parameter_counts import (
     block_parameters,
     norm_parameters,
 )
+from models.parameter_shapes import Shapes, inside, norm_shapes, stack
 
 if TYPE_CHECKING:
     from models.config import ModelConfig
@@ -79,6 +81,38 @@ def parameters(config: ModelConfig) -> BodyParameters:
     )
 
 
+def shapes(config: ModelConfig) -> Shapes:
+    """As models/redllm.py makes them."""
+    yield from stack("encoder", config.num_encoder_layers, config)
+    if config.encoder_final_norm:
+        yield from inside("encoder_norm", norm_shapes(config))
+    yield from stack("decoder", config.num_layers, config, cross=True)
+    yield from inside("final_norm", norm_shapes(config))
+
+
+def kept(config: ModelConfig, rows: int, step: Pass) -> Iterator[Round]:
+    """Both stacks at once; the encoder's output, which every decoder block reads, once."""
+    positions, source = rows * step.tokens, rows * step.source
+    output = Amount(source * config.d_model)
+    if config.encoder_final_norm:
+        output += Amount(source * config.d_model) + norm(config, source)
+    yield Round(
+        segments=(
+            *(block(config, f"encoder.{i}", source) for i in range(config.num_encoder_layers)),
+            plain("encoder_norm", output, Amount(source * config.d_model)),
+            *(
+                block(config, f"decoder.{i}", positions, source=source)
+                for i in range(config.num_layers)
+            ),
+            final_norm(config, positions),
+        ),
+        states=positions,
+        scored=rows * step.scored,
+        beside=rotary(config, step.tokens + step.source)
+        + rotary(config, step.tokens + step.source, config.cross_head_dim),
+    )
+
+
 def problems(config: ModelConfig) -> Iterator[str]:
     """What a RedLLM cannot be."""
     if config.num_encoder_layers < 1:
@@ -99,6 +133,8 @@ ARCHITECTURE = Architecture(
     model="models.redllm:RedLLM",
     operations=operations,
     parameters=parameters,
+    shapes=shapes,
+    kept=kept,
     style={"attention_output_norm": "head"},
     derived=depths,
     fields=frozenset(

@@ -12,22 +12,7 @@ import time
 
 import torch
 
-# Dense FLOP/s by device name part and numbers, from the makers' data sheets.
-# A longer name comes before the one it begins with.
-DENSE_PEAKS: dict[str, dict[str, float]] = {
-    "B200": {"bf16": 2250e12, "tf32": 1125e12, "fp32": 75e12},
-    "H200": {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12},
-    "H100 PCIe": {"bf16": 756e12, "tf32": 378e12, "fp32": 51e12},
-    "H100 NVL": {"bf16": 835e12, "tf32": 417e12, "fp32": 60e12},
-    "H100": {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12},
-    "A100": {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12},
-    "A10G": {"bf16": 70e12, "tf32": 35e12, "fp32": 35e12},
-    "A10": {"bf16": 125e12, "tf32": 62.5e12, "fp32": 31.2e12},
-    "L40S": {"bf16": 362e12, "tf32": 183e12, "fp32": 91.6e12},
-    "L40": {"bf16": 181e12, "tf32": 90.5e12, "fp32": 90.5e12},
-    "L4": {"bf16": 121e12, "tf32": 60e12, "fp32": 30.3e12},
-    "V100": {"bf16": 125e12, "tf32": 15.7e12, "fp32": 15.7e12},
-}
+from pipeline.accelerators import tabulated_peak
 
 
 def dense_peak(device: torch.device, precision: str) -> float:
@@ -46,14 +31,6 @@ def numbers(precision: str) -> str:
     if precision == "fp32" and torch.get_float32_matmul_precision() != "highest":
         return "tf32"
     return precision
-
-
-def tabulated_peak(device_name: str, numbers: str) -> float | None:
-    """Dense FLOP/s of the device that calls itself `device_name`; None where it is not known."""
-    for part, peaks in DENSE_PEAKS.items():
-        if part in device_name:
-            return peaks[numbers]
-    return None
 
 
 def measured_matmul(device: torch.device, dtype: torch.dtype, size: int) -> float:

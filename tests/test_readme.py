@@ -102,6 +102,14 @@ def test_the_run_files_are_accepted_and_the_launches_give_no_unknown_flag() -> N
     ]
 
 
+def test_the_plan_it_shows_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    from tools.cli import dispatch
+
+    (command,) = (line for line in commands() if line.startswith("isoflop plan"))
+    dispatch(shlex.split(command)[1:])
+    assert capsys.readouterr().out in blocks("text")
+
+
 def test_nothing_is_left_to_be_filled_in() -> None:
     assert "@@" not in README
 

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("tools.verify", "prove from its ledger which samples a run saw"),
     "doctor": ("tools.doctor", "where each rank of a run is, and what keeps it"),
     "flops": ("tools.flops", "parameters and FLOPs of an architecture and size"),
+    "plan": ("tools.planning.command", "memory, time, energy and disk of a run on a cluster"),
     "export": ("tools.export.command", "a run's weights for other programs"),
     "generate": ("tools.generate", "what a trained run writes after a prompt"),
     "demo": ("tools.demo.command", "the whole line on real text, on two cores"),

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from pipeline.optim.pieces import factored_dims
+from pipeline.optim.recipe import factored_dims
 from pipeline.optim.second_moment import Factored, SecondMoment, Unfactored
 from pipeline.optim.shard import Shard
 from pipeline.zero_layout import Fragment

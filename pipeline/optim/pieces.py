@@ -22,20 +22,6 @@ from pipeline.zero_layout import Fragment
 CPU_PIECE, DEVICE_PIECE = 1 << 17, 1 << 24
 
 
-def factored_dims(shape: Sequence[int], minimum: int) -> tuple[int, int] | None:
-    """The places p < q of the two largest dimensions, which are factored as in T5X and optax.
-
-    None where there are not two or the second has fewer than `minimum` elements.
-    """
-    if len(shape) < 2:
-        return None
-    # Among equals the last ones, as a stable sort from small to large leaves them.
-    by_size = sorted(range(len(shape)), key=lambda place: shape[place])
-    if shape[by_size[-2]] < minimum:
-        return None
-    return min(by_size[-2:]), max(by_size[-2:])
-
-
 @dataclass(frozen=True)
 class Piece:
     """A run of a flat tensor, and the parts of it that belong to parameters.

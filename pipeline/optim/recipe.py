@@ -5,7 +5,7 @@ Nothing heavy is imported: this is checked before any work.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 # What a run gets where it says nothing. Adafactor's lr is relative to each parameter's RMS, and
@@ -37,6 +37,20 @@ class Recipe(Protocol):
     def optimizer(self) -> str: ...
     @property
     def grad_clip(self) -> float: ...
+
+
+def factored_dims(shape: Sequence[int], minimum: int) -> tuple[int, int] | None:
+    """The places p < q of the two largest dimensions, which are factored as in T5X and optax.
+
+    None where there are not two or the second has fewer than `minimum` elements.
+    """
+    if len(shape) < 2:
+        return None
+    # Among equals the last ones, as a stable sort from small to large leaves them.
+    by_size = sorted(range(len(shape)), key=lambda place: shape[place])
+    if shape[by_size[-2]] < minimum:
+        return None
+    return min(by_size[-2:]), max(by_size[-2:])
 
 
 def resolved(optimizer: str, given: Mapping[str, float | None]) -> dict[str, float]:

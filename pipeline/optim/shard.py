@@ -13,9 +13,9 @@ from pipeline.optim.pieces import (
     Factors,
     Piece,
     blocks,
-    factored_dims,
     runs,
 )
+from pipeline.optim.recipe import factored_dims
 from pipeline.zero_layout import Fragment
 
 

@@ -54,14 +54,14 @@ def test_a_rank_of_64_holds_a_64th_and_never_a_whole_model() -> None:
     built = build_as_one_of(64, "decllm", "tiny", precision="fp32", draw=True)
     assert built.slices == built.expected
     assert built.whole / 64 <= built.slices < built.whole / 60
-    # The fp32 master is the parameter's own slice.
+    # In fp32 the master is as large as the parameter's own slice.
     assert built.masters == built.expected
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_8b_builds_in_slices(arch: str) -> None:
-    # In fp32, where the parameter's slice is its own master.
+    # In fp32, where a parameter's slice and its master are of one size.
     built = build_as_one_of(64, arch, "8b", precision="fp32", draw=False)
     assert built.whole > 26e9
     assert built.slices == built.masters == built.expected

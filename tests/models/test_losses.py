@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import losses
+from models import head_rows, losses
 from models.losses import linear_cross_entropy, linear_token_nll
 
 
@@ -34,9 +34,9 @@ def inputs(batch, seq, width, vocab, scored, seed, dtype=torch.float64):
 
 def cut_small(patch):
     """Chunks of 16 rows, and the vocabulary in blocks of 20."""
-    patch.setattr(losses, "CPU_ROWS", 16)
-    patch.setattr(losses, "CPU_ELEMENTS", 1)
-    patch.setattr(losses, "CPU_VOCABULARY", 20)
+    patch.setattr(head_rows, "CPU_ROWS", 16)
+    patch.setattr(head_rows, "CPU_ELEMENTS", 1)
+    patch.setattr(head_rows, "CPU_VOCABULARY", 20)
 
 
 @pytest.mark.parametrize("wrong", [-100, -1, 7, 9000])

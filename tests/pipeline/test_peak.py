@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pipeline import peak
-from pipeline.peak import DENSE_PEAKS, dense_peak, measured_matmul, tabulated_peak
+from pipeline.accelerators import DENSE_PEAKS, tabulated_peak
+from pipeline.peak import dense_peak, measured_matmul
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.optim.adafactor import Adafactor
-from pipeline.optim.pieces import Factors, blocks, factored_dims, runs
+from pipeline.optim.pieces import Factors, blocks, runs
+from pipeline.optim.recipe import factored_dims
 from pipeline.zero_layout import Fragment
 from tests.pipeline.optim.plain_adafactor import PlainAdafactor, Rule, two_largest
 

@@ -1,0 +1,161 @@
+"""What a forward pass keeps for its backward pass, from shapes alone.
+
+The tables are those of the modules in models/block.py, attention.py and layers.py, tensor by
+tensor: what autograd or a function of ours saves, each storage once. They hold for attention
+kernels that keep no scores (a CPU's and a GPU's flash attention). Imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Amount:
+    """Elements of tensors."""
+
+    numbers: int = 0
+    """In the format that the model computes in."""
+    wide: int = 0
+    """In fp32 whatever that is."""
+
+    def __add__(self, other: Amount) -> Amount:
+        return Amount(self.numbers + other.numbers, self.wide + other.wide)
+
+    def bytes(self, width: int) -> int:
+        """Bytes where the model computes in numbers of `width` bytes."""
+        return self.numbers * width + self.wide * 4
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of the forward pass that is back-propagated as one, such as a block."""
+
+    module: str
+    """The module it runs, by its name in the model."""
+    kept: Amount
+    """What it leaves for its backward pass, input included."""
+    entry: Amount
+    """Its input, which is all that stays where it is computed again."""
+    working: Amount
+    """What its backward pass holds beside `kept` at its fullest moment."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one `backward` call of the trainer goes through, in forward order."""
+
+    segments: tuple[Segment, ...]
+    states: int
+    """Hidden states that the head is given, scored or not."""
+    scored: int
+    """Of these, with a loss."""
+    beside: Amount = Amount()
+    """Held from the first segment to the last."""
+    calls: int = 1
+    """Backward calls of a micro-batch, of which this is the largest."""
+    after_head: Amount = Amount()
+    """What is made between the head and the backward pass, at its fullest moment."""
+
+
+def norm(config: ModelConfig, positions: int) -> Amount:
+    """Of one norm over d_model beside its input: one or two numbers a position."""
+    return Amount(wide=positions * (2 if config.norm == "layernorm" else 1))
+
+
+def attention(config: ModelConfig, queries: int, keys: int, *, cross: bool = False) -> Amount:
+    """Of one attention of `queries` positions on `keys` positions, its normed input excepted.
+
+    Q, K and V (each twice where they are normalised: before, and normalised and turned), what was
+    read, and a number a head for the softmax and for each norm.
+    """
+    width, kv_width = config.num_heads * config.head_dim, config.kv_width(cross=cross)
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    if cross:
+        heads, kv_heads = config.cross_heads, config.cross_kv_heads
+    projected = queries * width + 2 * keys * kv_width
+    found = Amount(projected + queries * width, queries * heads)
+    if config.qkv_norm:
+        found += Amount(projected, queries * heads + 2 * keys * kv_heads)
+    if config.attention_output_norm == "head":
+        found += Amount(queries * width, queries * heads)
+    elif config.attention_output_norm == "model":
+        found += Amount(queries * width, queries)
+    elif config.attention_output_norm == "output":
+        found += Amount(queries * config.d_model, queries)
+    return found
+
+
+def feed_forward(config: ModelConfig, positions: int) -> Amount:
+    """Of one feed-forward, its input excepted: gate and up, or GELU's slope and result."""
+    return Amount(2 * positions * config.d_ffn)
+
+
+def residual(config: ModelConfig, positions: int) -> Amount:
+    """A branch from the residual stream: the stream's state, what its norm makes of it, and the
+    mask of dropout where there is one."""
+    dropped = positions * config.d_model if config.dropout else 0
+    return Amount(2 * positions * config.d_model + dropped) + norm(config, positions)
+
+
+def feed_forward_gradients(config: ModelConfig, positions: int) -> Amount:
+    """What the feed-forward's backward pass holds at its fullest: the gradient of its result, and
+    of SwiGLU the gradient of the product, the product and silu(gate), of GELU the gradients of its
+    result and its argument."""
+    parts = 3 if config.feed_forward == "swiglu" else 2
+    weight = config.d_model * config.d_ffn
+    return Amount(positions * (parts * config.d_ffn + config.d_model) + weight)
+
+
+def block(
+    config: ModelConfig,
+    module: str,
+    positions: int,
+    *,
+    source: int = 0,
+    norm_source: bool = False,
+) -> Segment:
+    """A block over `positions`, which reads `source` positions where there are any.
+
+    The source itself is kept once for all blocks that read it, and is not counted here.
+    """
+    kept = residual(config, positions)
+    if source and config.merged_attention:
+        kept += attention(config, positions, source + positions)
+    else:
+        kept += attention(config, positions, positions)
+    entry = Amount(positions * config.d_model)
+    if source and not config.merged_attention:
+        kept += residual(config, positions) + attention(config, positions, source, cross=True)
+        if norm_source:
+            kept += Amount(source * config.d_model) + norm(config, source)
+    kept += residual(config, positions)
+    return Segment(
+        module,
+        kept=kept + feed_forward(config, positions),
+        entry=entry,
+        working=feed_forward_gradients(config, positions)
+        + Amount(source * config.d_model),  # the source's gradient, added up over blocks
+    )
+
+
+def plain(module: str, kept: Amount, working: Amount = Amount()) -> Segment:
+    """A segment that is never computed again."""
+    return Segment(module, kept=kept, entry=kept, working=working)
+
+
+def final_norm(config: ModelConfig, positions: int) -> Segment:
+    """The last norm, with its input."""
+    kept = Amount(positions * config.d_model) + norm(config, positions)
+    return plain("final_norm", kept, Amount(positions * config.d_model))
+
+
+def rotary(config: ModelConfig, positions: int, head_dim: int | None = None) -> Amount:
+    """Cosines and sines of `positions`, where there are any."""
+    if config.positions != "rotary":
+        return Amount()
+    return Amount(wide=positions * (head_dim or config.head_dim))
