@@ -128,7 +128,7 @@ def _measure_all(cases: list[Case], ranks: int, is_fake: bool) -> list[Measured]
         from pipeline import zero_layout
 
         dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-        os.environ["WORLD_SIZE"] = str(ranks)
+        os.environ.update(WORLD_SIZE=str(ranks), LOCAL_SIZE=str(ranks))
         # What is held does not depend on first values, and drawing 8e9 takes a minute.
         layers.draw_normal = lambda weight, std: None
         # Nobody answers: the other ranks' parts are not there to be counted.
