@@ -15,6 +15,7 @@ from collections import Counter
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from unittest import mock
 
 import pytest
@@ -208,10 +209,18 @@ def test_a_slurm_cluster_makes_the_same_bytes(corpus, model, few_shards, tmp_pat
         assert "task 0 of a.jsonl.gz failed: input=" in complaints
 
 
-def test_ten_thousand_damaged_inputs_of_each_kind_are_refused_or_read_right(tmp_path):
-    made = make_originals(tmp_path)
+@pytest.fixture
+def memory(tmp_path):
+    """A folder on no disk, where there is one: a hundred thousand small files are written."""
+    shared = Path("/dev/shm")
+    with TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else tmp_path) as folder:
+        yield Path(folder)
+
+
+def test_ten_thousand_damaged_inputs_of_each_kind_are_refused_or_read_right(memory):
+    made = make_originals(memory)
     parts = [
-        Part(tmp_path / f"{name}-{seed}", *made, name, 2500, seed)
+        Part(memory / f"{name}-{seed}", *made, name, 2500, seed)
         for seed in range(4)
         for name in KINDS
     ]
@@ -220,10 +229,10 @@ def test_ten_thousand_damaged_inputs_of_each_kind_are_refused_or_read_right(tmp_
     assert outcomes.total() == 10_000 * len(KINDS)
 
 
-def test_ten_thousand_damaged_folders_are_refused_or_read_right(tmp_path, model):
-    corpus = make_corpus(tmp_path / "corpus", 60)
-    folder = run_here(corpus, model, tmp_path / "shards", task_bytes=10**6)
-    parts = [(folder, tmp_path / f"copy-{seed}", 2500, seed) for seed in range(4)]
+def test_ten_thousand_damaged_folders_are_refused_or_read_right(memory, model):
+    corpus = make_corpus(memory / "corpus", 60)
+    folder = run_here(corpus, model, memory / "shards", task_bytes=10**6)
+    parts = [(folder, memory / f"copy-{seed}", 2500, seed) for seed in range(4)]
     found = list(in_order(damage_part, parts, workers=2))
     refused, harmless = map(sum, zip(*found, strict=True))
     assert refused + harmless == 10_000
