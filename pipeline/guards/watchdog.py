@@ -7,7 +7,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 import psutil
@@ -18,6 +19,7 @@ from pipeline.guards.stacks import dump_own_stack, own_place, stack_of, write_te
 
 GRACE = 5.0  # seconds in which the rank that speaks has spoken
 DISK = 10.0  # seconds in which the run folder answers, if it answers at all
+PAUSE = 10  # intervals without a look in which the whole process must have been stopped
 FAULT = 1  # the exit code: another start may succeed
 T = TypeVar("T")
 
@@ -52,20 +54,48 @@ class Watchdog:
         self._name_lost = name_lost
         self._timeout = stall_timeout
         self._first: list[Beat] | None = None
+        self._again = 0.0  # time.monotonic of the next look at a rank that may take longer
+        self._looked = self._resumed = time.monotonic()
 
     def look(self) -> None:
         """End the process where its main thread has stood in one phase for too long."""
-        heart = self._heart
-        if not self._timeout or heart.folder is None:
+        if not self._timeout or self._heart.folder is None:
             return
-        limit = stalls.patience(self._timeout, heart.phase, is_first_step=heart.is_first_step)
-        stood = heart.stood()
+        now = time.monotonic()
+        if now - self._looked > PAUSE * self._heart.interval:
+            # The process itself was stopped (a suspended job): its phases cost no patience then.
+            self._resumed, self._first = now, None
+        try:
+            self._look(now)
+        finally:
+            self._looked = time.monotonic()
+
+    def _look(self, now: float) -> None:
+        heart = self._heart
+        limit = self._patience(heart.phase)
+        stood = min(heart.stood(), now - self._resumed)
         if stood < limit / 2:
             self._first = None
         elif self._first is None:
             self._first = self._beats()
-        elif stood >= limit:
-            self._end(stood)
+        elif stood >= limit and now >= self._again:
+            beats = self._beats()
+            seen = stalls.compare(self._first, beats)
+            found = stalls.culprits(seen)
+            if found and all(self._may_take_longer(one) for one in found):
+                self._first, self._again = beats, now + limit / 4
+            else:
+                self._end(stood, seen, found)
+
+    def _patience(self, phase: str) -> float:
+        return stalls.patience(self._timeout, phase, is_first_step=self._heart.is_first_step)
+
+    def _may_take_longer(self, one: stalls.Seen) -> bool:
+        """Whether another rank lives, in a phase that it may still be in: it ends itself later."""
+        beat = one.beat
+        if one.is_silent or beat.is_over or beat.rank == self._heart.rank:
+            return False
+        return beat.time - beat.since < self._patience(beat.phase)
 
     def _beats(self) -> list[Beat]:
         heart, folder = self._heart, self._heart.folder
@@ -74,15 +104,24 @@ class Watchdog:
         others = [b for b in read if b.launch == heart.launch and b.rank != heart.rank]
         return sorted([*others, heart.current()], key=lambda beat: beat.rank)
 
-    def _end(self, stood: float) -> None:
+    def _end(self, stood: float, seen: Sequence[stalls.Seen], found: Sequence[stalls.Seen]) -> None:
+        try:
+            self._tell(stood, seen, found)
+        except Exception as error:
+            # Whatever the other processes did meanwhile, this one must not stand here for ever.
+            print(f"error: stalled for {stood:.0f} s ({error!r})", file=sys.stderr, flush=True)
+        finally:
+            sys.stdout.flush()
+            os._exit(FAULT)
+
+    def _tell(
+        self, stood: float, seen: Sequence[stalls.Seen], found: Sequence[stalls.Seen]
+    ) -> None:
         heart, folder = self._heart, self._heart.folder
         assert folder is not None
         within(DISK, lambda: dump_own_stack(beat_file(folder, heart.rank, "stack")), None)
-        seen = stalls.compare(self._first or [], self._beats())
-        found = stalls.culprits(seen)
         if stalls.speaker(seen, found) == heart.rank:
-            remarks = [self._remark(one) for one in found]
-            told = stalls.sentence(found, seen, stood, remarks)
+            told = stalls.sentence(found, seen, stood, [self._remark(one) for one in found])
             elsewhere = any(is_alive(one.beat) is None for one in found)
             if (elsewhere or not found) and (lost := self._name_lost()[0]):
                 # Their beats may still arrive, by a run folder that all reach.
@@ -94,14 +133,16 @@ class Watchdog:
                 flush=True,
             )
             within(DISK, lambda: heart.close(f"stall: {told}"), None)
+            # After the line: each may take seconds, and the launcher ends this process soon.
+            for one in found:
+                self._keep_stack(one)
         else:
             time.sleep(GRACE)
         for one in found:
             # Its launcher would wait half a minute for it to answer a SIGTERM.
             if one.is_silent and one.beat.rank != heart.rank and is_alive(one.beat):
-                os.kill(one.beat.pid, signal.SIGKILL)
-        sys.stdout.flush()
-        os._exit(FAULT)
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(one.beat.pid, signal.SIGKILL)
 
     def _remark(self, one: stalls.Seen) -> str:
         """What this host knows of a rank that holds up the others."""
@@ -110,10 +151,16 @@ class Watchdog:
         alive = is_alive(one.beat)
         if alive is None:
             return ""
-        if not alive:
+        try:
+            return f"its process is {psutil.Process(one.beat.pid).status() if alive else 'gone'}"
+        except psutil.NoSuchProcess:
             return "its process is gone"
-        assert self._heart.folder is not None
+
+    def _keep_stack(self, one: stalls.Seen) -> None:
+        """Write the stack of another rank of this host that lives."""
+        folder = self._heart.folder
+        if folder is None or one.beat.rank == self._heart.rank or not is_alive(one.beat):
+            return
         stack, why = stack_of(one.beat.pid)
-        file = beat_file(self._heart.folder, one.beat.rank, "stack")
+        file = beat_file(folder, one.beat.rank, "stack")
         within(DISK, lambda: write_text(file, stack or f"{why}\n"), None)
-        return f"its process is {psutil.Process(one.beat.pid).status()}"

@@ -18,7 +18,7 @@ import torch
 from tests.distributed.entry import flags, losses, records, run_entry
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_guards import words
-from tests.distributed.test_pretrain import poison_steps
+from tests.distributed.test_skipped_steps import poison_steps
 
 pytestmark = pytest.mark.distributed
 SPIKE = 11  # the batch whose loss is made one
