@@ -208,8 +208,8 @@ class RunConfig:
     collective_timeout: int = option("seconds before a stuck collective fails", 600, minimum=1)
     stall_timeout: float = option(
         "seconds that a rank may stay in one phase of a step before the run ends and names it (0: "
-        "no limit); six times that, and at least a minute, for the start, a save and a first step, "
-        "which may compile; give less than collective_timeout, which names nobody",
+        "no limit); six times that, and at least a minute, for the start, a save, an evaluation "
+        "and a first step; give less than collective_timeout, which names nobody",
         300.0,
         minimum=0.0,
     )

@@ -35,7 +35,7 @@ class Beat:
         attempt: of the run.
         step: steps made.
         phase: what its main thread does: start, data, vote, forward, backward, step, check, save,
-            evaluate; at last ended or failed.
+            evaluate, load; at last ended or failed.
         laps: phases begun in this step.
         since: when the phase began, in Unix seconds of its host.
         time: when this was written, likewise.

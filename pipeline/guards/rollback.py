@@ -25,6 +25,7 @@ def roll_back(trainer: Trainer, records: Sequence[StepRecord], reason: str) -> N
         UserError: there is none, or the run went back to it `max_rollbacks` times before.
     """
     trainer.notify("on_rollback")
+    trainer.heart.begin("load")
     config, folder, world = trainer.config, trainer.folder, trainer.world
     found = checkpoint.newest_good(folder.checkpoints, world)
     if found is None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from pipeline.guards.heartbeat import Beat
 
-# What may rightly take long: the rendezvous and the engine, a checkpoint on a slow disk, the first
-# step of a process (compilation).
-LONG_PHASES = frozenset({"start", "save"})
+# What may rightly take long: the rendezvous and the engine, a checkpoint on a slow disk, what may
+# compile (the first step of a process, an evaluation).
+LONG_PHASES = frozenset({"start", "save", "load", "evaluate"})
 LONGER, AT_LEAST = 6, 60.0
 
 

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from pipeline.checkpointing.folder import list_steps
 from pipeline.guards.heartbeat import read_beats
-from tests.distributed.entry import flags, losses, records
+from tests.distributed.entry import flags, records
 from tests.distributed.test_launch import finish, launch, wait_for_step
 
 pytestmark = [pytest.mark.soak, pytest.mark.distributed]
+
+
+@pytest.fixture
+def launched() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Launches runs of which nothing is left behind, whatever becomes of the test."""
+    begun: list[subprocess.Popen[str]] = []
+
+    def start(asked: dict[str, Any]) -> subprocess.Popen[str]:
+        begun.append(launch("pretrain", asked))
+        return begun[-1]
+
+    yield start
+    for process in begun:
+        # Its ranks may have outlived it: they are in the session that it began.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def gone(processes: list[psutil.Process], seconds: float) -> bool:
@@ -29,11 +50,11 @@ def gone(processes: list[psutil.Process], seconds: float) -> bool:
 
 
 def test_a_frozen_rank_is_named_and_everything_ends_in_the_stated_time(
-    shards_dir: Path, tmp_path: Path
+    launched: Callable[..., subprocess.Popen[str]], shards_dir: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     asked = flags(run, shards_dir, steps=5000, stall_timeout=10)
-    process = launch("pretrain", asked)
+    process = launched(asked)
     wait_for_step(run, 20)
     family = psutil.Process(process.pid).children(recursive=True)
     victim = read_beats(run / "heartbeat")[1]
@@ -49,12 +70,15 @@ def test_a_frozen_rank_is_named_and_everything_ends_in_the_stated_time(
 
 
 @pytest.mark.parametrize("which", ["launch.py", "deepspeed"])
-def test_without_their_launcher_ranks_save_and_leave_and_the_run_goes_on_bit_for_bit(
-    which: str, shards_dir: Path, tmp_path: Path
+def test_without_their_launcher_ranks_save_and_leave(
+    which: str,
+    launched: Callable[..., subprocess.Popen[str]],
+    shards_dir: Path,
+    tmp_path: Path,
 ) -> None:
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    asked = flags(run, shards_dir, steps=300, **{"model.dropout": 0.1})
-    process = launch("pretrain", asked)
+    """What was saved goes on bit for bit: that is tested where a signal stops a run."""
+    run = tmp_path / "run"
+    process = launched(flags(run, shards_dir, steps=20_000))
     wait_for_step(run, 20)
     runner = psutil.Process(process.pid)
     family = runner.children(recursive=True)
@@ -62,11 +86,6 @@ def test_without_their_launcher_ranks_save_and_leave_and_the_run_goes_on_bit_for
     (runner if which == "deepspeed" else rank.parent() or rank).kill()
     assert gone(family, 60)
     process.communicate(timeout=30)
-    made = len(records(run, "metrics.jsonl"))
-    assert list_steps(run / "checkpoints") == [made]
-    assert made < 300
-    for folder in (run, whole):
-        code, output = finish(launch("pretrain", {**asked, "run_dir": folder}))
-        assert code == 0, output
-    assert losses(run) == losses(whole)
-    assert len(records(run, "metrics.jsonl")) == 300
+    # They agreed on a step, and saved it whole.
+    assert list_steps(run / "checkpoints") == [len(records(run, "metrics.jsonl"))]
+    assert not (run / "FINISHED").exists()

@@ -94,5 +94,5 @@ def test_long_phases_and_a_first_step_are_given_time() -> None:
     assert patience(300, "backward", is_first_step=False) == 300
     assert patience(300, "backward", is_first_step=True) == 1800
     assert patience(300, "save", is_first_step=False) == 1800
-    assert patience(300, "evaluate", is_first_step=False) == 300
+    assert patience(300, "evaluate", is_first_step=False) == 1800
     assert patience(2, "start", is_first_step=False) == 60
