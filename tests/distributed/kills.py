@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.checkpointing.folder import Reader, folder_of
+from pipeline.checkpointing.folder import Reader, folder_of, list_steps
 from tools.supervise.processes import has_left, processes_of, ranks_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -49,7 +49,11 @@ class Kill:
 class Supervised:
     """`isoflop supervise` over `deepspeed pipeline/pretrain.py`, given again where it is killed."""
 
-    def __init__(self, asked: dict[str, Any], ranks: int) -> None:
+    def __init__(
+        self, asked: dict[str, Any], ranks: int, between: Callable[[Path], object]
+    ) -> None:
+        """`between` is done to the run's folder when all and the supervisor were killed."""
+        self._between = between
         self.run = Path(asked["run_dir"])
         supervise = ["supervise", "--backoff=0", "--max_restarts=30", "--"]
         launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--quiet"]
@@ -81,13 +85,19 @@ class Supervised:
         attempt = processes_of(self.run)
         if (self.run / "FINISHED").exists() or not attempt:
             return False
-        for process in self._targets(kill.what, attempt, moment):
-            process.kill()
+        targets = self._targets(kill.what, attempt, moment)
         if kill.what == "supervisor":
             self.supervisor.kill()
             self.supervisor.wait()
+        for process in targets:
+            process.kill()
+        deadline = time.monotonic() + _PATIENCE
+        while not all(has_left(process) for process in attempt):
+            assert time.monotonic() < deadline, f"{kill}: not all of {attempt} have left"
+            time.sleep(0.01)
+        if kill.what == "supervisor":
+            self._between(self.run)
             self._start()
-        self._await(lambda: all(has_left(process) for process in attempt))
         return True
 
     def finish(self, seconds: float = 200) -> str:
@@ -135,3 +145,12 @@ def final_state(run: Path, step: int) -> dict[str, str]:
             key: hashlib.sha256(reader.read(key).numpy().tobytes()).hexdigest()
             for key in reader.keys("")
         }
+
+
+def flip_a_bit(run: Path) -> None:
+    """In the middle of a tensor file of the newest checkpoint."""
+    newest = list_steps(run / "checkpoints")[0]
+    file = sorted(folder_of(run / "checkpoints", newest).glob("*.safetensors"))[0]
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)

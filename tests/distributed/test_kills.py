@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed.entry import flags, losses, records, run_entry
-from tests.distributed.kills import Kill, Supervised, final_state
+from tests.distributed.kills import Kill, Supervised, final_state, flip_a_bit
 from tools.cli import dispatch
 from tools.supervise.processes import processes_of
 
@@ -21,11 +22,18 @@ def asked(run: Path, shards: Path, steps: int) -> dict[str, Any]:
     return flags(run, shards, steps=steps, checkpoint_every=6, **{"model.dropout": 0.1})
 
 
-def check(kills: list[Kill], steps: int, shards: Path, folder: Path) -> str:
+def check(
+    kills: list[Kill],
+    steps: int,
+    shards: Path,
+    folder: Path,
+    between: Callable[[Path], object] = lambda run: None,
+) -> str:
     """Kill, wait for the end, compare with an undisturbed run; what was said."""
     whole, run = folder / "whole", folder / "run"
     run_entry("pretrain", 2, asked(whole, shards, steps))
-    supervised, moment = Supervised(asked(run, shards, steps), ranks=2), random.Random(0)
+    supervised = Supervised(asked(run, shards, steps), ranks=2, between=between)
+    moment = random.Random(0)
     try:
         for kill in kills:
             assert supervised.strike(kill, moment), f"finished before {kill}"
@@ -48,6 +56,15 @@ def test_a_rank_and_the_launcher_killed(shards_dir: Path, tmp_path: Path) -> Non
     said = check(kills, 36, shards_dir, tmp_path)
     # Each start went on from a checkpoint.
     assert said.count("goes on from step") == 2
+
+
+@pytest.mark.soak
+def test_a_bit_flipped_in_between(shards_dir: Path, tmp_path: Path) -> None:
+    kills = [Kill("supervisor", "step", 15, 0.0)]
+    said = check(kills, 24, shards_dir, tmp_path, between=flip_a_bit)
+    assert "is refused" in said
+    assert "goes on from step 6 (the checkpoint of step 12 is gone)" in said
+    assert list((tmp_path / "run" / "checkpoints").glob("damaged_step_12*"))
 
 
 @pytest.mark.soak

@@ -66,8 +66,11 @@ class Restarts:
 
 
 def describe_code(code: int) -> str:
-    """An exit code in words; DeepSpeed's launcher passes a rank's signal n on as 256 - n."""
-    number = -code if code < 0 else 256 - code if code > 192 else 0
+    """An exit code in words.
+
+    DeepSpeed's launcher passes a rank's signal n on as 256 - n; 255 is what ssh says of itself.
+    """
+    number = -code if code < 0 else 256 - code if 192 < code < 255 else 0
     try:
         return f"exit code {code} ({signal.Signals(number).name})"
     except ValueError:

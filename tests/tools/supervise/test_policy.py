@@ -59,4 +59,5 @@ def test_a_code_names_the_signal_that_the_launcher_passed_on() -> None:
     assert describe_code(247) == "exit code 247 (SIGKILL)"
     assert describe_code(-15) == "exit code -15 (SIGTERM)"
     assert describe_code(1) == "exit code 1"
+    assert describe_code(255) == "exit code 255"
     assert describe_code(2) == "exit code 2"
