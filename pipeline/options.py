@@ -44,7 +44,11 @@ class UserError(ValueError):
 
 
 class AgreedError(UserError):
-    """A mistake that every rank knows of before it ends: rank 0 tells it, and nobody waits."""
+    """What every rank knows of before it ends: rank 0 tells it, and nobody waits."""
+
+    def __init__(self, text: str, *, exit_code: int = 2) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 class Fault(UserError):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.agreement import Facts, clock_problem, name_ranks
 from pipeline.atomic import write_atomically
 from pipeline.network import choose_interfaces, spans_hosts
-from pipeline.options import AgreedError, UserError
+from pipeline.options import AgreedError, Fault, UserError
 from pipeline.plan import recorded_versions
 
 if TYPE_CHECKING:
@@ -73,8 +73,10 @@ class Preflight:
 
         try:
             self.meeting = meet(plan.config.start_timeout if plan else REFUSED_START_TIMEOUT)
-        except UserError as error:
-            raise UserError("; ".join(filter(None, (problem, str(error))))) from error
+        except Fault as error:
+            # What this rank refuses stands, whether the others hear of it or not.
+            kind = UserError if problem else Fault
+            raise kind("; ".join(filter(None, (problem, str(error))))) from error
         assert self.meeting is not None
         facts = own_facts(plan, problem, interface, device_kind())
         try:
@@ -88,7 +90,7 @@ class Preflight:
     def join(self) -> Meeting | None:
         """Meet the other ranks, if that was not done; None where there are none.
 
-        Raises UserError where one does not come, Fault for a port that is taken.
+        Raises Fault where rank 0 does not come or its port is taken.
         """
         if self.meeting is None:
             from pipeline.rendezvous import meet

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from pipeline.agreement import Facts, name_ranks, spans, verdict
-from pipeline.options import AgreedError, Fault, UserError
+from pipeline.options import AgreedError, Fault
 
 BEAT_SECONDS = 1.0
 ANSWER_SECONDS = 3.0  # in which a rank that is alive has counted
@@ -53,7 +53,7 @@ class Meeting:
     """One launch's ranks, talking through rank 0's store and not through collectives."""
 
     def __init__(self, place: Place, seconds: float) -> None:
-        """Join within `seconds`. Raises UserError where that cannot be, Fault for a taken port."""
+        """Join within `seconds`. Raises Fault where that cannot be; another start may succeed."""
         self.hosts = [socket.gethostname()] * place.size  # of every rank, once they have met
         self._place = place
         self._seconds = seconds
@@ -73,12 +73,12 @@ class Meeting:
                     f"{where}: {host} cannot listen there ({_last_line(error)}); give the launcher "
                     "another --master_port"
                 ) from error
-            raise UserError(
+            raise Fault(
                 f"{where}: rank 0 did not answer {host} (rank {place.rank}) within start_timeout="
                 f"{self._seconds:g} s; see what its node says, and whether this one reaches it"
             ) from error
         if place.rank > 0 and store.check(["verdict"]):
-            raise UserError(
+            raise Fault(
                 f"{where}: is another run's, which has begun; give the launcher another "
                 "--master_port"
             )
@@ -105,8 +105,9 @@ class Meeting:
             run_folder: where rank 0 leaves a file for the others to see; None where it has none.
 
         Raises:
-            AgreedError: on every rank alike, naming the node that differs or has a problem.
-            UserError: a rank did not join in time.
+            AgreedError: on every rank alike, naming the node that differs, has a problem or did not
+                join in time; the last with exit code 1.
+            Fault: rank 0 is gone.
         """
         if self._place.rank == 0:
             return self._hold_roll_call(facts, run_folder)
@@ -119,10 +120,11 @@ class Meeting:
             facts = replace(facts, problem=facts.problem or problem)
         self._store.set(f"facts/{self._place.rank}", facts.to_json())
         told = self._get("verdict").decode()
+        code = int(self._get("exit_code"))
         self.hosts = self._get("hosts").decode().split("\n")
         self._store.set(f"heard/{self._place.rank}", "")
         if told:
-            raise AgreedError(told)
+            raise AgreedError(told, exit_code=code)
         return [facts]
 
     def _hold_roll_call(self, facts: Facts, run_folder: Path | None) -> list[Facts]:
@@ -149,11 +151,14 @@ class Meeting:
             told = verdict([stated[rank] for rank in range(place.size)])
         names = [stated[rank].host if rank in stated else "?" for rank in range(place.size)]
         self.hosts = names
+        # Without that node another start may succeed; what differs is for a person to mend.
+        code = 1 if missing else 2
+        self._store.set("exit_code", str(code))
         self._store.set("hosts", "\n".join(names))
         self._store.set("verdict", told)
         self._missing([f"heard/{rank}" for rank in stated if rank], _HEARD_SECONDS)
         if told:
-            raise AgreedError(told)
+            raise AgreedError(told, exit_code=code)
         return [stated[rank] for rank in range(place.size)]
 
     def _absent(self, stated: Mapping[int, Facts]) -> str:
@@ -180,7 +185,7 @@ class Meeting:
             self._store.wait([key], timedelta(seconds=self._seconds + ANSWER_SECONDS))
             return self._store.get(key)
         except (dist.DistError, RuntimeError) as error:
-            raise UserError(
+            raise Fault(
                 f"MASTER_ADDR={self._place.address!r}: rank 0 said nothing to "
                 f"{socket.gethostname()} (rank {self._place.rank}) within start_timeout="
                 f"{self._seconds:g} s; see what its node says"

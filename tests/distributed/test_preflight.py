@@ -46,7 +46,7 @@ def _start(asked: dict[str, Any], changes: Changes) -> tuple[str, str]:
     try:
         run_stage(pretrain.STAGE)
     except UserError as error:
-        return type(error).__name__, str(error)
+        return f"{type(error).__name__} {error.exit_code}", str(error)
     return "trained", ""
 
 
@@ -97,7 +97,7 @@ def test_what_differs_is_told_to_every_rank(
 ) -> None:
     run = tmp_path / "run"
     for kind, told in start(run, shards_dir, changes):
-        assert kind == "AgreedError"
+        assert kind == "AgreedError 2"
         assert part in told
     assert not (run / "metrics.jsonl").exists()
 
@@ -107,7 +107,7 @@ def test_a_node_that_does_not_come_is_waited_for_so_long_and_no_longer(
     shards_dir: Path, tmp_path: Path
 ) -> None:
     ends = start(tmp_path / "run", shards_dir, {2: {"late": 9}}, start_timeout=4)
-    assert [kind for kind, _ in ends] == ["AgreedError", "AgreedError", "UserError"]
+    assert [kind for kind, _ in ends] == ["AgreedError 1", "AgreedError 1", "Fault 1"]
     joined = "start_timeout=4: rank 2 did not join, n0 (rank 0), n1 (rank 1) did; see"
     assert joined in ends[0][1]
     assert joined in ends[1][1]
