@@ -268,7 +268,7 @@ def is_lost_collective(error: BaseException) -> bool:
 
 
 def meet(seconds: float) -> Meeting | None:
-    """Join the launch's other ranks; None where there are none. Raises UserError."""
+    """Join the launch's other ranks; None where there are none. Raises Fault."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     return Meeting(Place.of(os.environ), seconds)
