@@ -140,7 +140,8 @@ class RunFolder:
     def rollbacks(self) -> int:
         """How often the run went back to its newest checkpoint."""
         count = 0
-        for line in self.lines("checkpoints.jsonl"):
+        held = [json.loads(line) for name, line in self._held if name == "checkpoints.jsonl"]
+        for line in [*self.lines("checkpoints.jsonl"), *held]:
             if line["event"] in ("saved", "restarted"):
                 count = 0
             count += line["event"] == "rolled_back"
@@ -210,7 +211,8 @@ class RunFolder:
     def last_attempt(self) -> int:
         """The highest attempt that left a record; 0 where none did."""
         found = 0
-        for name in ("metrics.jsonl", "eval.jsonl"):
+        # The ledger too: an attempt whose first batch was discarded is in no other file.
+        for name in ("metrics.jsonl", "eval.jsonl", "ledger.jsonl"):
             file = self.path / name
             lines = file.read_bytes().splitlines() if file.exists() else []
             found = max(found, int(json.loads(lines[-1])["attempt"]) if lines else 0)

@@ -31,7 +31,7 @@ class Beat:
     Attributes:
         rank, world_size: which rank of how many.
         launch: the start of the run that it belongs to, the same on all ranks.
-        host, pid, created: its process; `created` is when it began, in Unix seconds.
+        host, pid, created: its process; `created` is when it began, as `began` says.
         attempt: of the run.
         step: steps made.
         phase: what its main thread does: start, data, vote, forward, backward, step, check, save,
@@ -99,13 +99,18 @@ def newest_launch(beats: list[Beat]) -> list[Beat]:
     return [beat for beat in beats if beat.launch == launch]
 
 
+def began(process: psutil.Process) -> float:
+    """When `process` began, in seconds after its host did: a clock that is set does not move it."""
+    return process.create_time() - psutil.boot_time()
+
+
 def is_alive(beat: Beat) -> bool | None:
     """Whether the rank's process lives; None where it is another host's."""
     if beat.host != socket.gethostname():
         return None
     try:
         process = psutil.Process(beat.pid)
-        same = abs(process.create_time() - beat.created) < 1.0
+        same = abs(began(process) - beat.created) < 1.0
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
@@ -137,7 +142,7 @@ class Heart:
         self._threads: list[threading.Thread] = []
         self._writing = threading.Lock()
         self._host, self._pid = socket.gethostname(), os.getpid()
-        self._created = psutil.Process().create_time()
+        self._created = began(psutil.Process())
 
     def begin(self, phase: str) -> None:
         """The main thread goes on to `phase`. Costs less than a microsecond."""

@@ -25,8 +25,9 @@ def roll_back(trainer: Trainer, records: Sequence[StepRecord], reason: str) -> N
         UserError: there is none, or the run went back to it `max_rollbacks` times before.
     """
     trainer.notify("on_rollback")
-    trainer.heart.begin("load")
     config, folder, world = trainer.config, trainer.folder, trainer.world
+    # Every file of the checkpoint is hashed, and read: as long as a start.
+    trainer.heart.begin("load")
     found = checkpoint.newest_good(folder.checkpoints, world)
     if found is None:
         raise UserError(f"{reason}; there is no checkpoint to go back to: lower lr={config.lr}")
@@ -47,6 +48,7 @@ def roll_back(trainer: Trainer, records: Sequence[StepRecord], reason: str) -> N
         line = {"step": back, "attempt": trainer.attempt, "event": "rolled_back"}
         told = {"from": records[-1].step, "reason": reason, "discarded": batches}
         folder.note("checkpoints.jsonl", {**line, **told})
+    trainer.heart.begin("load")  # what was discarded was told to callbacks in phases of theirs
     checkpoint.load(trainer.engine, found, world)
     trainer.state = RunState.of(config, record)
     trainer.state.positions = positions.without(trainer.state.positions.discarded)

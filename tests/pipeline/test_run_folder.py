@@ -154,3 +154,20 @@ def test_scores_after_the_step_gone_on_from_do_not_count(tmp_path: Path) -> None
     assert folder.evaluations(up_to=2) == {(0, "a"), (2, "a")}
     assert folder.evaluation_losses("a", up_to=3) == {0: 1.0, 2: 1 / 3}
     assert folder.evaluations(up_to=0) == {(0, "a")}
+
+
+def test_an_attempt_whose_first_batch_was_discarded_is_counted(tmp_path: Path) -> None:
+    """Else the next start would give its own discarded batches the same attempt."""
+    folder = RunFolder(tmp_path)
+    folder.append("metrics.jsonl", {"step": 4, "attempt": 1})
+    folder.append("ledger.jsonl", {"step": 3, "attempt": 2, "event": "discarded"})
+    assert folder.last_attempt() == 2
+
+
+def test_rollbacks_are_counted_where_the_disk_is_full(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "absent")
+    for made in range(3):
+        assert folder.rollbacks() == made
+        folder.note("checkpoints.jsonl", {"event": "rolled_back", "step": 5})
+    folder.note("checkpoints.jsonl", {"event": "saved", "step": 10})
+    assert folder.rollbacks() == 0

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.guards.causes import cause_of, lost_sentence
@@ -88,6 +89,19 @@ def test_beats_of_an_earlier_launch_and_broken_ones_are_left_out(tmp_path: Path)
     assert [beat.rank for beat in read_beats(tmp_path)] == [0, 2]
     assert [beat.rank for beat in newest_launch(read_beats(tmp_path))] == [0]
     assert newest_launch([]) == []
+
+
+def test_a_clock_that_is_set_makes_no_rank_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heart = Heart()
+    heart.beat_into(tmp_path, "one")
+    (beat,) = read_beats(tmp_path)
+    host_began = psutil.boot_time()
+    # The kernel moves it with its clock.
+    monkeypatch.setattr("psutil._pslinux.boot_time", lambda: host_began + 3600)
+    assert is_alive(beat)
+    assert not is_alive(dataclasses.replace(beat, created=beat.created - 5))
 
 
 def a_dead_rank(folder: Path, heart: Heart) -> None:
