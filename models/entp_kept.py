@@ -5,6 +5,7 @@ Shape letters: B rows of a chunk, S tokens of its longest prefix, P prefixes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from models.kept import (
     feed_forward_gradients,
     final_norm,
     norm,
+    plain,
     residual,
     rotary,
 )
@@ -49,37 +51,53 @@ def kept(config: ModelConfig, rows: int, step: Pass, *, absorbs: bool) -> Iterat
     """The chunks with the most pairs and with the longest prefix."""
     tokens, sampled = step.tokens, config.entp_sampled_prefixes
     is_sample = 0 < sampled < tokens
-    chunks = plan_chunks(1, tokens, config.entp_chunk_pairs, sampled)
-    calls, whole = rows * len(chunks), len(chunks) == 1
-    if whole:
-        chunks = plan_chunks(rows, tokens, config.entp_chunk_pairs, sampled)
-        calls = len(chunks)
+    chunks, calls = _chunks(config, rows, tokens)
 
     def sizes(chunk: Chunk) -> _Sizes:
         count = chunk.stop - chunk.start
-        packed = (chunk.start + 1 + chunk.stop) * count // 2
-        longest = tokens if is_sample else chunk.stop
-        # Where a sample falls is not known: no prefix is longer than the sequence.
-        packed = count * tokens if is_sample else packed
+        packed, longest = (chunk.start + 1 + chunk.stop) * count // 2, chunk.stop
+        if is_sample:
+            # Drawn evenly, number n ends at most at (n + 1)·tokens / sampled.
+            ends = [-(-(n + 1) * tokens // sampled) for n in range(chunk.start, chunk.stop)]
+            packed, longest = sum(ends), ends[-1]
         return _Sizes(chunk.last_row - chunk.first_row, longest, count, packed, not is_sample)
 
     described = [sizes(chunk) for chunk in chunks]
     fullest = max(described, key=lambda s: s.pairs)
     longest = max(described, key=lambda s: (s.rows * s.longest, s.pairs))
+    parts = len({(chunk.start, chunk.stop) for chunk in chunks})
     for chunk in {fullest, longest}:
-        found = _round(config, chunk, tokens, absorbs=absorbs, shares=not whole)
-        yield replace(found, calls=calls)
+        yield replace(_round(config, chunk, tokens, parts, absorbs=absorbs), calls=calls)
 
 
-def _round(
-    config: ModelConfig, chunk: _Sizes, tokens: int, *, absorbs: bool, shares: bool
-) -> Round:
-    """One chunk; `shares`: its rows have others, with which it shares what `project` made."""
+def _chunks(config: ModelConfig, rows: int, tokens: int) -> tuple[list[Chunk], int]:
+    """The chunks of a micro-batch, or where no two rows share one those of a row; and how many the
+    micro-batch has."""
+    limits = tokens, config.entp_chunk_pairs, config.entp_sampled_prefixes
+    if rows > 1 and plan_chunks(2, *limits)[0].last_row == 1:
+        of_row = plan_chunks(1, *limits)
+        return of_row, rows * len(of_row)
+    found = plan_chunks(rows, *limits)
+    return found, len(found)
+
+
+def _round(config: ModelConfig, chunk: _Sizes, tokens: int, parts: int, *, absorbs: bool) -> Round:
+    """One chunk, whose rows have `parts` of them."""
     causal, depth = config.entp_causal_layers, config.num_layers
     shared = chunk.rows * tokens
     lower = [block(config, f"blocks.{i}", shared) for i in range(causal)]
     middle = [_middle(config, f"blocks.{i}", chunk.pairs) for i in range(causal + 1, depth - 1)]
     ends = chunk.rows * chunk.prefixes
+    beside = _projected(config, shared) + rotary(config, tokens) + rotary(config, chunk.packed)
+    if chunk.is_run:
+        squares = shared * tokens * config.num_heads
+        beside += _scanned(config, shared, squares, parts)
+        # The last chunk's backward pass goes on through the scores of all.
+        scores = plain(f"blocks.{causal}.attention", Amount(), Amount(wide=5 * squares))
+        lower.append(scores)
+    elif parts > 1:
+        width, kv_width = config.num_heads * config.head_dim, config.kv_width()
+        beside += Amount(wide=shared * (config.d_model + width + 2 * kv_width))
     return Round(
         segments=(
             *lower,
@@ -90,43 +108,42 @@ def _round(
         ),
         states=ends,
         scored=ends,
-        beside=_projected(config, shared, shares=shares)
-        + rotary(config, tokens)
-        + rotary(config, chunk.packed),
+        beside=beside,
     )
 
 
-def _projected(config: ModelConfig, positions: int, *, shares: bool) -> Amount:
-    """The first bidirectional layer's input, queries, keys and values; with several chunks their
-    gradients in fp32 too, and where they are narrower a wide copy."""
+def _projected(config: ModelConfig, positions: int) -> Amount:
+    """The first bidirectional layer's input, normed input, queries, keys and values."""
     width, kv_width = config.num_heads * config.head_dim, config.kv_width()
-    handed_on = positions * (config.d_model + width + 2 * kv_width)
     projected = positions * (width + 2 * kv_width) * (2 if config.qkv_norm else 1)
-    found = residual(config, positions) + Amount(projected)
-    return found + Amount(wide=handed_on) if shares else found
+    return residual(config, positions) + Amount(projected)
+
+
+def _scanned(config: ModelConfig, positions: int, squares: int, parts: int) -> Amount:
+    """models/prefix_scan.py, of all chunks of some rows: queries scaled, keys and values of every
+    head, input and values in fp32; of each pair of tokens the weight at entry and the share; what
+    tokens read at entry; the gradients of what chunks share; and what was read before about √n of
+    the chunks."""
+    width, d = config.num_heads * config.head_dim, config.d_model
+    copies = Amount(2 * positions * width, positions * (d + 2 * width))
+    made = Amount(wide=2 * squares + positions * width)
+    gradients = Amount(wide=positions * (d + 2 * width) + squares)
+    return copies + made + gradients + Amount(wide=math.isqrt(parts) * positions * width)
 
 
 def _first(config: ModelConfig, module: str, chunk: _Sizes) -> Segment:
-    """Attention shared by all prefixes, then the rest at every pair."""
+    """What was read at every pair, then the rest."""
     width, kv_width = config.num_heads * config.head_dim, config.kv_width()
-    if chunk.is_run:
-        squares = chunk.rows * config.num_heads * chunk.longest**2
-        steps = chunk.prefixes * chunk.longest * chunk.rows * config.num_heads
-        own = chunk.rows * chunk.longest * width
-        read = Amount(2 * own + chunk.pairs * width, squares + steps + 2 * own)
-        through = Amount(wide=3 * squares + 2 * steps + 3 * own)
-    else:
-        read = Amount(chunk.pairs * (2 * width + 2 * kv_width), chunk.pairs * config.num_heads)
-        read += Amount(chunk.pairs * width)
-        through = Amount()
+    read = Amount(chunk.pairs * width)
+    if not chunk.is_run:
+        read += Amount(chunk.pairs * (width + 2 * kv_width), chunk.pairs * config.num_heads)
+        read += Amount(unfused=chunk.pairs * width)
     kept = read + _combined(config, chunk.pairs) + residual(config, chunk.pairs)
-    gradients = feed_forward_gradients(config, chunk.pairs)
-    working = max(gradients, through, key=lambda amount: amount.bytes(4))
     return Segment(
         module,
         kept=kept + feed_forward(config, chunk.pairs),
         entry=Amount(),
-        working=working,
+        working=feed_forward_gradients(config, chunk.pairs),
     )
 
 
@@ -138,10 +155,10 @@ def _combined(config: ModelConfig, positions: int) -> Amount:
 
 
 def _middle(config: ModelConfig, module: str, pairs: int) -> Segment:
-    """Every prefix's own attention: a result for each, and all of them in one."""
-    plain = block(config, module, pairs)
-    twice = Amount(pairs * config.num_heads * config.head_dim)
-    return Segment(module, plain.kept + twice, plain.entry, plain.working)
+    """Every prefix's own attention; elsewhere than on a CPU a result for each, and all in one."""
+    whole = block(config, module, pairs)
+    twice = Amount(unfused=pairs * config.num_heads * config.head_dim)
+    return Segment(module, whole.kept + twice, whole.entry, whole.working)
 
 
 def _last(config: ModelConfig, module: str, chunk: _Sizes, *, absorbs: bool) -> Segment:

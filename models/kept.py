@@ -22,13 +22,19 @@ class Amount:
     """In the format that the model computes in."""
     wide: int = 0
     """In fp32 whatever that is."""
+    unfused: int = 0
+    """In the format that the model computes in, where a function of ours that makes them again is
+    not used: it is for fp32 on a CPU."""
 
     def __add__(self, other: Amount) -> Amount:
-        return Amount(self.numbers + other.numbers, self.wide + other.wide)
+        return Amount(
+            self.numbers + other.numbers, self.wide + other.wide, self.unfused + other.unfused
+        )
 
-    def bytes(self, width: int) -> int:
+    def bytes(self, width: int, *, on_cpu: bool) -> int:
         """Bytes where the model computes in numbers of `width` bytes."""
-        return self.numbers * width + self.wide * 4
+        fused = on_cpu and width == 4
+        return (self.numbers + (0 if fused else self.unfused)) * width + self.wide * 4
 
 
 @dataclass(frozen=True)
@@ -91,8 +97,9 @@ def attention(config: ModelConfig, queries: int, keys: int, *, cross: bool = Fal
 
 
 def feed_forward(config: ModelConfig, positions: int) -> Amount:
-    """Of one feed-forward, its input excepted: gate and up, or GELU's slope and result."""
-    return Amount(2 * positions * config.d_ffn)
+    """Of one feed-forward, its input excepted: gate and up, or GELU's argument and result."""
+    inner = positions * config.d_ffn
+    return Amount(2 * inner) if config.feed_forward == "swiglu" else Amount(inner, unfused=inner)
 
 
 def residual(config: ModelConfig, positions: int) -> Amount:
@@ -104,9 +111,9 @@ def residual(config: ModelConfig, positions: int) -> Amount:
 
 def feed_forward_gradients(config: ModelConfig, positions: int) -> Amount:
     """What the feed-forward's backward pass holds at its fullest: the gradient of its result, and
-    of SwiGLU the gradient of the product, the product and silu(gate), of GELU the gradients of its
-    result and its argument."""
-    parts = 3 if config.feed_forward == "swiglu" else 2
+    of SwiGLU the gradient of the product, the product and silu(gate), of GELU the gradient of its
+    result (that of its argument comes when the result itself is gone)."""
+    parts = 3 if config.feed_forward == "swiglu" else 1
     weight = config.d_model * config.d_ffn
     return Amount(positions * (parts * config.d_ffn + config.d_model) + weight)
 

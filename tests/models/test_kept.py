@@ -83,21 +83,21 @@ def test_what_is_kept_is_what_autograd_saves(arch: str, switch: dict) -> None:
     model = build(config).float()
     ids = torch.randint(VOCAB_SIZE, (ROWS, TOKENS))
     source = TOKENS // 2 if architecture(arch).encodes_prefix else 0
-    own = ids[:, source:]
-    scored = torch.ones_like(own, dtype=torch.bool)
-    batch = Batch(own, own.clone(), scored, encoder_ids=ids[:, :source] if source else None)
+    target = ids[:, source:]
+    scored = torch.ones_like(target, dtype=torch.bool)
+    batch = Batch(target, target.clone(), scored, encoder_ids=ids[:, :source] if source else None)
     measured = saved_bytes(model, batch)
     step = Pass(tokens=TOKENS - source, scored=TOKENS - source, source=source)
     described = architecture(arch).kept
     assert described is not None
     rounds = list(described(config, ROWS, step))
-    planned = max(
-        sum(segment.kept.bytes(4) for segment in run.segments) + run.beside.bytes(4)
-        for run in rounds
-    )
-    # The gradients of what ENTP's chunks share are no saved tensors.
-    tolerance = 0.12 if arch == "entp" else 0.02
-    assert math.isclose(planned, measured, rel_tol=tolerance), (planned / measured, arch, switch)
+    own = max(sum(s.kept.bytes(4, on_cpu=True) for s in run.segments) for run in rounds)
+    beside = max(run.beside.bytes(4, on_cpu=True) for run in rounds)
+    if arch == "entp":
+        # Of what its chunks share, gradients and copies are no saved tensors.
+        assert 0.95 * own < measured < own + beside, (own, beside, measured)
+    else:
+        assert math.isclose(own + beside, measured, rel_tol=0.02), (own + beside) / measured
 
 
 def test_every_architecture_of_ours_can_be_planned() -> None:

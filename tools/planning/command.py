@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from models.registry import ARCHITECTURES, architecture
 from models.shapes import SIZES
 from pipeline.accelerators import ACCELERATORS
 from pipeline.checkpointing.retention import Retention
+from pipeline.conversion import convert
 from pipeline.deepspeed_file import read_deepspeed_file, run_problems
 from pipeline.options import UserError, option
 from tools.planning.choose import (
@@ -177,10 +179,6 @@ def resolved_model(options: Options) -> ModelConfig:
 
 def _numbers(model: dict[str, Any]) -> dict[str, Any]:
     """Overrides given as text, typed as ModelConfig's fields are."""
-    import typing
-
-    from pipeline.options import convert
-
     hints = typing.get_type_hints(ModelConfig)
     found = {}
     for name, value in model.items():
@@ -188,7 +186,7 @@ def _numbers(model: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"model.{name}={value}: give --{name} instead")
         try:
             found[name] = convert(value, hints[name]) if name in hints else value
-        except UserError as error:
+        except ValueError as error:
             raise UserError(f"model.{name}={value!r}: {error}") from error
     return found
 

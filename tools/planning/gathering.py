@@ -58,27 +58,28 @@ def _visits(request: Request, run: Round) -> Iterator[_Visit]:
     for parameter in request.parameters:
         if parameter.name not in whole:
             modules.setdefault(parameter.module, []).append(parameter.name)
-    embedding = [tuple(modules.pop("embedding", ())), tuple(modules.pop("position_embedding", ()))]
+    embedding = tuple(modules.pop("embedding", ()))
+    positions = tuple(modules.pop("position_embedding", ()))
     by_segment: dict[int, list[tuple[str, ...]]] = {}
     for module, names in modules.items():
         by_segment.setdefault(_segment_of(module, run), []).append(tuple(names))
-    for names in embedding:
-        yield _Visit(FORWARD, names)
+    yield _Visit(FORWARD, embedding)
+    yield _Visit(FORWARD, positions)
     for index in sorted(by_segment):
         if request.source and run.segments[index].module == "decoder.0":
-            yield _Visit(FORWARD, embedding[0])
-        for names in by_segment[index]:
-            yield _Visit(FORWARD, names)
-    yield _Visit(HEAD, embedding[0])
-    yield _Visit(len(run.segments) - 1, embedding[0])
+            yield _Visit(FORWARD, embedding)
+        for used in by_segment[index]:
+            yield _Visit(FORWARD, used)
+    yield _Visit(HEAD, embedding)
+    yield _Visit(len(run.segments) - 1, embedding)
     for index in sorted(by_segment, reverse=True):
         segment = run.segments[index]
         if request.model.activation_checkpointing and segment.kept != segment.entry:
-            for names in by_segment[index]:
-                yield _Visit(index, names)
-        for names in reversed(by_segment[index]):
-            yield _Visit(index, names)
-    yield _Visit(LAST, embedding[0])
+            for used in by_segment[index]:
+                yield _Visit(index, used)
+        for used in reversed(by_segment[index]):
+            yield _Visit(index, used)
+    yield _Visit(LAST, embedding)
 
 
 def _segment_of(module: str, run: Round) -> int:

@@ -71,8 +71,8 @@ def _round_moments(request: Request, base: dict[str, int], run: Round) -> Iterat
     whole = gathered(request, run)
     embedding = model.vocab_size * model.d_model
     calls = request.backward_calls * run.calls
-    beside = run.beside.bytes(width)
-    held = [_held(request, segment).bytes(width) for segment in run.segments]
+    beside = run.beside.bytes(width, on_cpu=request.on_cpu)
+    held = [_held(request, segment).bytes(width, on_cpu=request.on_cpu) for segment in run.segments]
     head = head_bytes(
         model.vocab_size,
         model.d_model,
@@ -88,7 +88,7 @@ def _round_moments(request: Request, base: dict[str, int], run: Round) -> Iterat
         _added(
             base,
             activations=sum(held) + beside,
-            logits=max(head, states_bytes + run.after_head.bytes(width)),
+            logits=max(head, states_bytes + run.after_head.bytes(width, on_cpu=request.on_cpu)),
             gathered=whole.get(HEAD, 0),
             **before,
         ),
@@ -96,7 +96,7 @@ def _round_moments(request: Request, base: dict[str, int], run: Round) -> Iterat
     passed: set[str] = set()
     for index in reversed(range(len(run.segments))):
         segment = run.segments[index]
-        full = (segment.kept + segment.working).bytes(width)
+        full = (segment.kept + segment.working).bytes(width, on_cpu=request.on_cpu)
         passed.add(segment.module)
         parts = _sums(request, passed) if calls == 1 else _sums(request, None)
         yield Moment(

@@ -83,8 +83,10 @@ def _seconds(amount: float, rate: float, efficiency: Range) -> Range:
 
 def _traffic(request: Request) -> float:
     """Bytes that a step reads and writes beside products' own: activations and model states."""
+    width, on_cpu = request.width, request.on_cpu
     activations = max(
-        sum(segment.kept.bytes(request.width) for segment in run.segments) for run in request.rounds
+        sum(segment.kept.bytes(width, on_cpu=on_cpu) for segment in run.segments)
+        for run in request.rounds
     )
     activations *= _chunks(request)
     again = 1.5 if request.model.activation_checkpointing else 1.0
