@@ -1,4 +1,4 @@
-"""What settings of a run cannot be together, and how its batch is cut into ranks and micro-batches.
+"""What settings of a run cannot be together, which may change, and how its batch is cut.
 
 Each mistake names the field, the value and the remedy.
 """
@@ -14,6 +14,41 @@ from pipeline.optim import recipe, schedule
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
+
+# What a run may change when it goes on: nothing that moves a loss, but micro_batch where steps draw
+# at random (`plan.redrawn`), and what is done about steps that went wrong.
+CHANGEABLE = frozenset(
+    {
+        "run_dir",
+        "name",
+        "data",
+        "flan",
+        "micro_batch",
+        "prefetch",
+        "cache_dir",
+        "cache_gb",
+        "ds_config",
+        "eval_micro_batch",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "keep_every",
+        "log_spaced_checkpoints",
+        "async_checkpoints",
+        "on_failed_save",
+        "restart",
+        "max_skipped_steps",
+        "on_nonfinite",
+        "loss_spikes",
+        "spike_threshold",
+        "spike_window",
+        "max_rollbacks",
+        "check_ranks_every",
+        "threads",
+        "collective_timeout",
+        "stall_timeout",
+        "start_timeout",
+    }
+)
 
 
 def config_problems(config: RunConfig) -> Iterable[str]:

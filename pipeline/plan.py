@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from models.config import ModelConfig, named
 from models.flops import parameters
 from pipeline.config import RunConfig
-from pipeline.config_checks import batch_problems
+from pipeline.config_checks import CHANGEABLE, batch_problems
 from pipeline.config_file import load_with_file
 from pipeline.conversion import convert
 from pipeline.data.manifest import Manifest, check_folder, read_manifest
@@ -27,40 +27,6 @@ from pipeline.optim import recipe
 from pipeline.options import UserError
 from pipeline.run_folder import RunFolder
 
-# What a run may change when it goes on: nothing that moves a loss, but micro_batch where steps draw
-# at random (`redrawn`), and what is done about steps that went wrong.
-CHANGEABLE = frozenset(
-    {
-        "run_dir",
-        "name",
-        "data",
-        "flan",
-        "micro_batch",
-        "prefetch",
-        "cache_dir",
-        "cache_gb",
-        "ds_config",
-        "eval_micro_batch",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "keep_every",
-        "log_spaced_checkpoints",
-        "async_checkpoints",
-        "on_failed_save",
-        "restart",
-        "max_skipped_steps",
-        "on_nonfinite",
-        "loss_spikes",
-        "spike_threshold",
-        "spike_window",
-        "max_rollbacks",
-        "check_ranks_every",
-        "threads",
-        "collective_timeout",
-        "stall_timeout",
-        "start_timeout",
-    }
-)
 C = TypeVar("C")
 RECORDED_VERSIONS = ("isoflop", "torch", "deepspeed", "sentencepiece", "numpy")
 

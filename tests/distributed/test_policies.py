@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.data.shards import CorruptShardError
+from pipeline.sources import EndOfData
 from tests.distributed.entry import flags, losses, records, run_entry
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_guards import words
@@ -106,16 +108,13 @@ def other_on_rank_1(trainer: Any, step: int) -> None:
     trainer._train_step = flipped
 
 
-def unreadable(trainer: Any, step: int) -> None:
-    """Rank 1 finds a corrupt block."""
-    from pipeline.data.shards import CorruptShardError
-
+def no_batch(trainer: Any, step: int, why: Exception) -> None:
+    """Rank 1 has no batch for a step."""
     original = trainer._read
 
     def read(self: Any) -> Any:
-        if self.step == step and self.world.rank == 1:
-            return CorruptShardError("shard x.tar: block 3 is not what was written")
-        return original(self)
+        has_none = self.step == step and self.world.rank == 1
+        return why if has_none else original(self)
 
     trainer._read = read
 
@@ -215,26 +214,46 @@ def test_ranks_that_hold_different_parameters_end_the_run(shards_dir: Path, tmp_
     run_entry("pretrain", 2, {**flags(tmp_path / "cut", shards_dir), "check_ranks_every": 2})
 
 
-def test_a_corrupt_block_on_one_rank_ends_all_with_the_same_line(
-    shards_dir: Path, tmp_path: Path
+BLOCK = CorruptShardError("shard x.tar: block 3 is not what was written")
+
+
+@pytest.mark.parametrize(
+    ("why", "kinds"),
+    [
+        (BLOCK, ["UserError 2", "UserError 2"]),
+        # A disk may answer the next time.
+        pytest.param(OSError("the disk"), ["Fault 1", "Fault 1"], marks=pytest.mark.soak),
+        # Nobody thought of it: its own rank shows where.
+        pytest.param(KeyError("x"), ["Fault 1", "KeyError"], marks=pytest.mark.soak),
+    ],
+)
+def test_a_rank_that_cannot_read_its_batch_ends_all_with_one_line(
+    why: Exception, kinds: list[str], shards_dir: Path, tmp_path: Path
 ) -> None:
     asked = words(flags(tmp_path / "run", shards_dir))
-    for rank in (0, 1):
-        (tmp_path / f"told-{rank}").mkdir()
-    run_ranks(told_by_each, 2, asked, tmp_path)
-    told = {(tmp_path / f"told-{rank}" / "error").read_text() for rank in (0, 1)}
-    assert told == {"rank 1: shard x.tar: block 3 is not what was written"}
+    told = run_ranks(told_by_each, 2, asked, why)
+    assert [kind for kind, _ in told] == kinds
+    assert told[0][1] == f"rank 1: {why}"
+    assert kinds[1] == "KeyError" or told[1] == told[0]
 
 
-def told_by_each(argv: list[str], folder: Path) -> None:
-    """What each rank ends with."""
-    import os
+def told_by_each(argv: list[str], why: Exception) -> tuple[str, str]:
+    """What each rank ends with: the error's kind with its exit code, and its text."""
+    try:
+        with_trainer(argv, no_batch, 2, why)
+    except Exception as error:
+        return f"{type(error).__name__} {getattr(error, 'exit_code', '')}".strip(), str(error)
+    raise AssertionError("nothing ended it")
 
-    from pipeline.options import UserError
 
-    with pytest.raises(UserError) as caught:
-        with_trainer(argv, unreadable, 2)
-    (folder / f"told-{os.environ['RANK']}" / "error").write_text(str(caught.value))
+def test_a_source_that_ends_on_one_rank_ends_the_run_on_all(
+    shards_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    asked = words(flags(run, shards_dir))
+    run_ranks(with_trainer, 2, asked, no_batch, 2, EndOfData("no more rows"))
+    assert json.loads((run / "FINISHED").read_text()) == {"step": 2, "reason": "no more rows"}
+    assert (run / "checkpoints" / "step_2" / "COMPLETE.json").exists()
 
 
 def test_data_that_end_end_the_run_and_finish_it(shards_dir: Path, tmp_path: Path) -> None:
