@@ -15,7 +15,8 @@ from pipeline.guards.heartbeat import FAILED, Beat, is_alive, newest_launch, rea
 from pipeline.guards.stacks import stack_of
 from pipeline.options import UserError, option
 
-HEALTHY, UNHEALTHY = 0, 1
+UNHEALTHY = 1
+WAITED = 2.0  # seconds: two ranks' beats are that far apart even where nobody waits
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,14 @@ def examine(
     stuck: float,
 ) -> list[Finding]:
     """What the beats of one launch say at `now`, in Unix seconds: pure."""
-    working = [(beat.step, beat.laps) for beat in beats if not beat.is_over]
+    working = [beat for beat in beats if not beat.is_over]
+    last = min(((beat.step, beat.laps) for beat in working), default=None)
+    ahead = [beat for beat in working if (beat.step, beat.laps) != last]
+    is_waited_for = bool(ahead) and all(beat.time - beat.since >= WAITED for beat in ahead)
     found = []
     for beat in beats:
         age, in_phase = max(0.0, now - beat.time), max(0.0, beat.time - beat.since)
-        place = (beat.step, beat.laps)
-        behind = not beat.is_over and place == min(working) and place != max(working)
+        behind = is_waited_for and not beat.is_over and (beat.step, beat.laps) == last
         state = "goes_on"
         if beat.is_over:
             state = beat.phase

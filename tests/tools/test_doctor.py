@@ -52,14 +52,19 @@ def test_each_state_is_told_apart() -> None:
 
 
 def test_who_is_behind_is_told_only_where_somebody_is() -> None:
-    found = doctor.examine(
-        [beat(0, step=5, laps=0), beat(1, step=4, laps=9), beat(2, step=4, laps=1, phase="ended")],
-        {0: True, 1: True, 2: False},
-        1.0,
-        **LIMITS,
-    )
+    waits, works = beat(0, step=5, laps=0, since=0, time=9), beat(1, step=4, laps=9)
+    done, lives = beat(2, step=4, laps=1, phase="ended"), {0: True, 1: True, 2: False}
+    found = doctor.examine([waits, works, done], lives, 9.0, **LIMITS)
     assert [each.is_behind for each in found] == [False, True, False]
-    found = doctor.examine([beat(0), beat(1)], {0: True, 1: True}, 1.0, **LIMITS)
+    # One that has just begun its phase waits for nobody: the beats are of different moments.
+    for others in (
+        [beat(0), beat(1)],
+        [dataclasses.replace(waits, since=8.5), works],
+        [waits, dataclasses.replace(waits, rank=1)],
+    ):
+        found = doctor.examine(others, lives, 9.0, **LIMITS)
+        assert not any(each.is_behind for each in found)
+    found = doctor.examine([beat(0), beat(1)], lives, 1.0, **LIMITS)
     assert not any(each.is_behind for each in found)
 
 
