@@ -193,7 +193,10 @@ class RunConfig:
         "times that a run goes back to one checkpoint before it ends with an error", 3, minimum=1
     )
     check_ranks_every: int = option(
-        "steps between comparisons of the ranks' parameters (0: never)", 1000, minimum=0
+        "steps between comparisons of the ranks' parameters; at stages 0 to 2 they are also made "
+        "before each checkpoint (0: never)",
+        1000,
+        minimum=0,
     )
 
     init_from: str | None = option(

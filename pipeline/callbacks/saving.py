@@ -46,13 +46,7 @@ class Saving(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         """What the run goes on from is saved already."""
-        config = trainer.config
-        self._retention = Retention(
-            save_every=config.checkpoint_every,
-            keep_last=config.keep_checkpoints,
-            keep_every=config.keep_every,
-            log_spaced=config.log_spaced_checkpoints,
-        )
+        self._retention = Retention.of(trainer.config)
         self._writer = Writer(
             trainer.folder.checkpoints,
             trainer.world,

@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,16 @@ class Retention:
     keep_last: int
     keep_every: int = 0
     log_spaced: int = 0
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Retention:
+        """What `config` asks for."""
+        return cls(
+            save_every=config.checkpoint_every,
+            keep_last=config.keep_checkpoints,
+            keep_every=config.keep_every,
+            log_spaced=config.log_spaced_checkpoints,
+        )
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is made at `step`."""

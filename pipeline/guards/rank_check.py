@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from pipeline import zero_layout
 from pipeline.callbacks.base import Callback, StepRecord
+from pipeline.checkpointing.retention import Retention
 from pipeline.options import Fault
 
 if TYPE_CHECKING:
@@ -85,10 +86,38 @@ class RankCheck(Callback):
 
     phase = "check"
 
+    def __init__(self) -> None:
+        self._compared = 0  # the last step after which it was done
+
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
-        """Compare at every `check_ranks_every`-th step. Raises Fault on every rank."""
+        """Compare at every `check_ranks_every`-th step, and before a checkpoint.
+
+        Raises Fault on every rank.
+        """
+        every = trainer.config.check_ranks_every
+        if every and trainer.step % every == 0:
+            self._compare(trainer)
+        elif Retention.of(trainer.config).is_due(trainer.step):
+            self._before_saving(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Compare what is saved last. Raises Fault on every rank."""
+        self._before_saving(trainer)
+
+    on_stop = on_end
+
+    def _before_saving(self, trainer: Trainer) -> None:
+        """Else the next start would read one rank's values into all of them.
+
+        At stage 3 each part of a parameter is one rank's alone: a checkpoint mixes none.
+        """
+        if trainer.engine.zero_optimization_stage() < 3 and trainer.step != self._compared:
+            self._compare(trainer)
+
+    def _compare(self, trainer: Trainer) -> None:
         every, size = trainer.config.check_ranks_every, trainer.world.size
-        if not every or size == 1 or trainer.step % every:
+        self._compared = trainer.step
+        if not every or size == 1:
             return
         found = disagreements(local_hashes(trainer.engine), size, trainer.world.device)
         if not found:

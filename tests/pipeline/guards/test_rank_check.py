@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.guards import rank_check
 from pipeline.guards.rank_check import minority, tensor_hash
+from tests.pipeline.guards.test_verdict import config, record
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
@@ -49,3 +53,28 @@ def test_the_outvoted_are_named_or_all(hashes: list[int]) -> None:
     else:
         assert len(found) == len(hashes) - counts[0]
         assert len({hashes[rank] for rank in range(len(hashes)) if rank not in found}) == 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "every", "expected"),
+    [(2, 4, [4, 5, 8, 10, 11]), (3, 4, [4, 8]), (0, 100, [5, 10, 11]), (0, 0, [])],
+)
+def test_ranks_are_compared_before_their_parts_are_saved_together(
+    stage: int, every: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint between two comparisons would hold what one rank alone has."""
+    compared = []
+    trainer: Any = SimpleNamespace(
+        config=config(check_ranks_every=every, checkpoint_every=5),
+        world=SimpleNamespace(size=2, device=None),
+        engine=SimpleNamespace(zero_optimization_stage=lambda: stage),
+        step=0,
+    )
+    monkeypatch.setattr(rank_check, "local_hashes", lambda _: compared.append(trainer.step))
+    monkeypatch.setattr(rank_check, "disagreements", lambda *_: {})
+    check = rank_check.RankCheck()
+    for trainer.step in range(1, 12):
+        check.on_step(trainer, record(trainer.step))
+    check.on_end(trainer)
+    check.on_stop(trainer)
+    assert compared == expected
