@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import socket
+import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from pipeline import json_lines
 from pipeline.atomic import write_atomically
 from pipeline.checkpointing.retention import Retention
 from pipeline.options import UserError
@@ -88,7 +89,7 @@ class RunFolder:
 
         The first of the lines that wait is told of.
         """
-        self._held.append((name, json.dumps(_finite(record), allow_nan=False) + "\n"))
+        self._held.append((name, json_lines.text(record)))
         problem = self.write_held()
         if problem and not self._has_warned:
             print(f"{problem}; until then its lines wait in memory", flush=True)
@@ -99,7 +100,7 @@ class RunFolder:
         while self._held:
             name, line = self._held[0]
             try:
-                _add_line(self.path / name, line)
+                json_lines.add(self.path / name, line)
             except OSError as error:
                 return (
                     f"{self.path / name}: cannot be written ({error.strerror}); make room there, "
@@ -117,12 +118,14 @@ class RunFolder:
                     handle.truncate(content.rfind(b"\n") + 1)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """The whole lines of one of the .jsonl files; none where it is not there."""
+        """The whole lines of one of the .jsonl files; none where it is not there.
+
+        Raises UserError where one is no JSON object, as a host that lost power may leave it.
+        """
         file = self.path / name
         content = file.read_bytes() if file.exists() else b""
-        return [
-            json.loads(line) for line in content.splitlines(keepends=True) if line[-1:] == b"\n"
-        ]
+        whole = content.split(b"\n")[:-1]
+        return [json_lines.parsed(file, number, line) for number, line in enumerate(whole, 1)]
 
     def completed_checkpoints(self) -> list[int]:
         """Steps whose checkpoints were completed, in that order, since the run last started over.
@@ -215,7 +218,8 @@ class RunFolder:
         for name in ("metrics.jsonl", "eval.jsonl", "ledger.jsonl"):
             file = self.path / name
             lines = file.read_bytes().splitlines() if file.exists() else []
-            found = max(found, int(json.loads(lines[-1])["attempt"]) if lines else 0)
+            if lines:
+                found = max(found, int(json_lines.parsed(file, len(lines), lines[-1])["attempt"]))
         return found
 
     def evaluations(self, up_to: int) -> set[tuple[int, str]]:
@@ -238,14 +242,12 @@ class RunFolder:
             raise UserError(
                 f"run_dir={str(self.path)!r}: {error.strerror}; give a folder that can be written"
             ) from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(handle):
             handle.seek(0)
             raise UserError(
                 f"run_dir={str(self.path)!r}: process {handle.read().strip() or '?'} is "
                 "working on it; wait for it or stop it"
-            ) from None
+            )
         handle.truncate(0)
         handle.write(f"{os.getpid()} on {socket.gethostname()}\n")
         handle.flush()
@@ -262,26 +264,12 @@ class RunFolder:
         return int(json.loads(text)["step"]) if text.strip() else steps
 
 
-def _add_line(file: Path, line: str) -> None:
-    """Add a line whole or not at all."""
-    data = line.encode()
-    with file.open("ab", buffering=0) as handle:
-        before = handle.tell()
+def _locked(handle: IO[str]) -> bool:
+    """Take the lock; several tries, since whoever asks who holds it has it for a moment."""
+    for wait in (0.1, 0.1, 0.0):
         try:
-            written = 0
-            while written < len(data):
-                written += handle.write(data[written:])
-        except OSError:
-            handle.truncate(before)
-            raise
-
-
-def _finite(record: Mapping[str, Any]) -> dict[str, Any]:
-    finite: dict[str, Any] = {}
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            finite[key] = _finite(value)
-        else:
-            lost = isinstance(value, float) and not math.isfinite(value)
-            finite[key] = None if lost else value
-    return finite
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(wait)
+    return False

@@ -11,8 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.guards.heartbeat import FAILED, Beat, is_alive, newest_launch, read_beats
+from pipeline.guards.heartbeat import (
+    FAILED,
+    Beat,
+    interval,
+    is_alive,
+    newest_launch,
+    read_beats,
+)
 from pipeline.guards.stacks import stack_of
+from pipeline.guards.stalls import patience
 from pipeline.options import UserError, option
 
 UNHEALTHY = 1
@@ -75,12 +83,15 @@ def run(options: Options) -> None:
 
     folder = RunFolder(options.run)
     asked = folder.read_config()["run"]
-    limit = options.stuck_after or asked.get("stall_timeout") or 300.0
+    limit = options.stuck_after or _number(asked.get("stall_timeout")) or 300.0
     beats = newest_launch(read_beats(folder.heartbeats))
     if options.stuck_after is not None and options.stuck_after <= 0:
         raise UserError(f"stuck_after={options.stuck_after}: not above 0; give seconds")
     alive = {beat.rank: is_alive(beat) for beat in beats}
-    findings = examine(beats, alive, time.time(), silent=options.silent_after, stuck=limit)
+    # Many ranks write seldom.
+    silent = max(options.silent_after, 3 * interval(max((b.world_size for b in beats), default=1)))
+    by_phase = options.stuck_after is None
+    findings = examine(beats, alive, time.time(), silent=silent, stuck=limit, by_phase=by_phase)
     if options.stacks:
         findings = [with_stack(finding) for finding in findings]
     told = {"run": about(folder, asked), "ranks": [asdict(finding) for finding in findings]}
@@ -96,8 +107,12 @@ def examine(
     *,
     silent: float,
     stuck: float,
+    by_phase: bool = False,
 ) -> list[Finding]:
-    """What the beats of one launch say at `now`, in Unix seconds: pure."""
+    """What the beats of one launch say at `now`, in Unix seconds: pure.
+
+    `by_phase`: more than `stuck` seconds are given to the phases that the watchdog gives more.
+    """
     working = [beat for beat in beats if not beat.is_over]
     last = min(((beat.step, beat.laps) for beat in working), default=None)
     ahead = [beat for beat in working if (beat.step, beat.laps) != last]
@@ -105,6 +120,7 @@ def examine(
     found = []
     for beat in beats:
         age, in_phase = max(0.0, now - beat.time), max(0.0, beat.time - beat.since)
+        limit = patience(stuck, beat.phase, is_first_step=False) if by_phase else stuck
         behind = is_waited_for and not beat.is_over and (beat.step, beat.laps) == last
         state = "goes_on"
         if beat.is_over:
@@ -113,7 +129,7 @@ def examine(
             state = "gone"
         elif age > silent:
             state = "silent"
-        elif in_phase > stuck:
+        elif in_phase > limit:
             state = "stands_still"
         found.append(
             Finding(
@@ -150,17 +166,26 @@ def about(folder: Any, asked: dict[str, Any]) -> dict[str, Any]:
     """The run as a whole."""
     from pipeline.checkpointing.names import list_steps
 
-    metrics = folder.lines("metrics.jsonl")
-    last = metrics[-1] if metrics else None
+    last, problem = None, ""
+    try:
+        last = next(reversed(folder.lines("metrics.jsonl")), None)
+    except UserError as error:
+        problem = str(error)
     return {
         "folder": str(folder.path),
         "finished": folder.is_finished,
-        "steps": asked["steps"],
+        "steps": asked.get("steps"),
+        "problem": problem,
         "lock": lock_holder(folder.path),
         "newest_checkpoint": max(list_steps(folder.checkpoints), default=None),
         "last_metrics": last and {k: last.get(k) for k in ("step", "attempt", "loss", "seconds")},
         "host": socket.gethostname(),
     }
+
+
+def _number(value: object) -> float:
+    """`value`, or 0 where a damaged config.json holds no number."""
+    return float(value) if isinstance(value, (int, float)) else 0.0
 
 
 def lock_holder(path: Path) -> str:
@@ -184,12 +209,14 @@ def lines(run: dict[str, Any], beats: Sequence[Beat], findings: Sequence[Finding
     """All of it for people."""
     state = "finished" if run["finished"] else "not finished"
     last, saved = run["last_metrics"], run["newest_checkpoint"]
-    loss = last and ("not finite" if last["loss"] is None else f"{last['loss']:.4f}")
+    loss = last and ("not finite" if last["loss"] is None else f"{_number(last['loss']):.4f}")
     text = [
         f"{run['folder']}: {state}; lock: {run['lock'] or 'nobody on this host'}; newest whole "
         f"checkpoint: {'none' if saved is None else f'step {saved}'}; last step: "
         + (f"{last['step']} of {run['steps']}, loss {loss}" if last else "none")
     ]
+    if run["problem"]:
+        text.append(run["problem"])
     missing = (beats[0].world_size if beats else 0) - len(beats)
     if not beats:
         text.append("no heartbeats: it was never started, or its hosts write to another disk")

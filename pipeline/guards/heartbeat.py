@@ -84,11 +84,33 @@ def read_beats(folder: Path) -> list[Beat]:
     found = []
     for file in sorted(folder.glob("rank-*.json")):
         try:
-            found.append(Beat(**json.loads(file.read_text(encoding="utf-8"))))
+            found.append(_parsed(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             # Removed or half there on a slow file system: as if it said nothing this time.
             continue
     return sorted(found, key=lambda beat: beat.rank)
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "bool": (bool,),
+}
+
+
+def _parsed(text: str) -> Beat:
+    """The beat of one file. Raises ValueError or TypeError where it is none."""
+    beat = Beat(**json.loads(text))
+    for field in dataclasses.fields(Beat):
+        if not isinstance(getattr(beat, field.name), _KINDS[str(field.type)]):
+            raise TypeError(field.name)
+    return beat
+
+
+def interval(world_size: int) -> float:
+    """Seconds between two beats of a rank."""
+    return max(1.0, world_size / RANKS_A_SECOND)
 
 
 def newest_launch(beats: list[Beat]) -> list[Beat]:
@@ -134,7 +156,7 @@ class Heart:
         self.attempt = 0
         self.launch = ""
         self.folder: Path | None = None
-        self.interval = max(1.0, world_size / RANKS_A_SECOND)
+        self.interval = interval(world_size)
         self._now = _Now("start", 0, 0, time.monotonic())
         self._steps_begun = 0
         self._watchers: list[Callable[[], None]] = []

@@ -7,6 +7,7 @@ train on unseen. The same where `deepspeed`, which started launch.py, is gone.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import PurePath
@@ -14,28 +15,41 @@ from typing import Any, TextIO
 
 import psutil
 
+_SHELLS = ("sh", "bash", "dash", "zsh")
 _LAUNCHERS = ("deepspeed.launcher.launch", "deepspeed.launcher.runner")
 
 
 def is_launcher(argv: Sequence[str]) -> bool:
     """Whether a command line is that of one of DeepSpeed's launchers."""
-    if len(argv) > 1 and PurePath(argv[0]).name in ("sh", "bash", "dash", "zsh"):
+    if is_shell(argv):
         return False
     words = argv[:4]
     return any(word in _LAUNCHERS or PurePath(word).name in ("deepspeed", "ds") for word in words)
+
+
+def is_shell(argv: Sequence[str]) -> bool:
+    """Whether a command line is a shell's; a login shell's begins with a dash."""
+    return bool(argv) and PurePath(argv[0].removeprefix("-")).name in _SHELLS
 
 
 class Launcher:
     """The processes that started this rank, seen when it began."""
 
     def __init__(self) -> None:
-        """Watches nothing where no launcher started this process."""
+        """Watches nothing where no launcher started this process.
+
+        Nor where a shell did under nohup: the rank was asked to outlive it.
+        """
         self._parent = os.getppid() if "RANK" in os.environ else 0
         self._above: list[psutil.Process] = []
         process = psutil.Process(self._parent) if self._parent > 1 else None
         while process is not None:
             try:
-                if not is_launcher(process.cmdline()):
+                words = process.cmdline()
+                if not is_launcher(words):
+                    outlives = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+                    if not self._above and is_shell(words) and outlives:
+                        self._parent = 0
                     break
                 self._above.append(process)
                 process = process.parent()

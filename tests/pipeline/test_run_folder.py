@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import resource
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -171,3 +173,23 @@ def test_rollbacks_are_counted_where_the_disk_is_full(tmp_path: Path) -> None:
         folder.note("checkpoints.jsonl", {"event": "rolled_back", "step": 5})
     folder.note("checkpoints.jsonl", {"event": "saved", "step": 10})
     assert folder.rollbacks() == 0
+
+
+def test_who_looks_at_the_lock_keeps_nobody_out(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    with (tmp_path / ".lock").open() as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        timer = threading.Timer(0.02, fcntl.flock, (looking, fcntl.LOCK_UN))
+        timer.start()
+        RunFolder(tmp_path).lock()
+        timer.join()
+
+
+def test_a_line_that_a_lost_host_left_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "attempt": 1}\n\0\0\0\0\n')
+    for read in (
+        RunFolder(tmp_path).last_attempt,
+        lambda: RunFolder(tmp_path).lines("metrics.jsonl"),
+    ):
+        with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is no JSON object; remove"):
+            read()

@@ -178,3 +178,33 @@ def test_without_py_spy_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPa
 def test_a_finding_is_as_it_was_but_for_its_stack() -> None:
     (found,) = doctor.examine([beat(0, phase="ended")], {0: False}, 1.0, **LIMITS)
     assert doctor.with_stack(found) == dataclasses.replace(found, stack="")
+
+
+def test_a_long_save_is_no_standstill_unless_asked_for() -> None:
+    beats = [beat(0, time=999, since=500, phase="save"), beat(1, time=999, since=500)]
+    for by_phase, expected in ((True, "goes_on"), (False, "stands_still")):
+        found = doctor.examine(beats, {0: True, 1: True}, 1000.0, **LIMITS, by_phase=by_phase)
+        assert [each.state for each in found] == [expected, "stands_still"]
+
+
+def test_ranks_that_beat_seldom_are_not_silent(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    told = dataclasses.replace(Heart(0, 4096).current(), launch="one", time=time.time() - 100)
+    (run / "heartbeat").mkdir()
+    (run / "heartbeat" / "rank-00000.json").write_text(json.dumps(dataclasses.asdict(told)))
+    assert examined(run, "--stacks=false")[0] == 0
+
+
+@pytest.mark.parametrize("broken", ['{"step": 1}', "[]", "\0\0\0", '{"loss": "x"}'])
+def test_half_written_files_are_no_traceback(tmp_path: Path, broken: str) -> None:
+    run = make_run(tmp_path / "run")
+    heart = Heart(0, 2)
+    heart.beat_into(run / "heartbeat", "one")
+    told = {**dataclasses.asdict(heart.current()), "rank": None, "time": "now"}
+    (run / "heartbeat" / "rank-00001.json").write_text(json.dumps(told))
+    (run / "metrics.jsonl").write_text(broken + "\n")
+    (run / "config.json").write_text('{"run": {"stall_timeout": "x"}, "data": {}, "model": {}}')
+    code, out = examined(run, "--stacks=false")
+    assert code == 0
+    assert "1 of 2 ranks have no heartbeat here" in out
+    assert ("line 1 is no JSON object; remove that line" in out) == (broken[0] != "{")

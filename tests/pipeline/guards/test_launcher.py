@@ -67,6 +67,32 @@ def test_a_rank_sees_that_its_parent_is_gone(rank: str, expected: str) -> None:
     process.stdout.close()
 
 
+@pytest.mark.parametrize(("nohup", "expected"), [("nohup", "False"), ("", "True")])
+def test_a_rank_started_under_nohup_outlives_its_shell(nohup: str, expected: str) -> None:
+    child = (
+        "import os, time\n"
+        "from pipeline.guards.launcher import Launcher\n"
+        "launcher, parent = Launcher(), os.getppid()\n"
+        "print('ready', flush=True)\n"
+        "deadline = time.monotonic() + 20\n"
+        "while os.getppid() == parent and time.monotonic() < deadline: time.sleep(0.01)\n"
+        "print(launcher.is_gone(), flush=True)\n"
+    )
+    shell = subprocess.Popen(
+        ["bash", "-c", f'RANK=0 {nohup} "$0" -c "$1" & read _', sys.executable, child],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert shell.stdout is not None
+    assert shell.stdout.readline() == "ready\n"
+    shell.kill()
+    assert shell.stdout.readline() == f"{expected}\n"
+    shell.wait(10)
+    shell.stdout.close()
+
+
 def test_without_a_launcher_nothing_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     assert not Launcher().is_gone()
