@@ -58,7 +58,11 @@ HARMS = {
     ("harm", "told"),
     [
         ("freeze", "gives no sign of life since phase forward of step 3 (its process is stopped)"),
-        ("sleep", "stands still in phase forward of step 3 (at tests/distributed/test_guards.py"),
+        pytest.param(
+            "sleep",
+            "stands still in phase forward of step 3 (at tests/distributed/test_guards.py",
+            marks=pytest.mark.soak,
+        ),
         ("die", "is gone; it was last seen in phase"),
         # More than any address space has.
         ("starve", "out of memory in phase forward of step 3: the process held"),
@@ -81,5 +85,6 @@ def test_a_rank_that_stalls_or_dies_ends_all_and_is_named(
         stack = (run / "heartbeat" / "rank-00001.stack").read_text()
         assert "<lambda>" in stack
         assert "_train_step" in stack
-    assert time.monotonic() - started < 60
+    # Most of it is the start; collectives alone would have waited for ten minutes.
+    assert time.monotonic() - started < 100
     assert not (run / "FINISHED").exists()
