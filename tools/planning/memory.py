@@ -25,6 +25,8 @@ from tools.planning.states import (
 
 # Input ids, targets and their mask, of a position.
 BATCH_BYTES = 8 + 8 + 1
+# DeepSpeed's limit on what Muon's gathers keep.
+MUON_BUFFERS = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def moments(request: Request) -> Iterator[Moment]:
         "gradients": held.gradients,
         "fp32 masters": held.masters,
         "optimizer states": held.moments,
-        "buckets": held.buckets,
+        "buckets": held.buckets + _muon_buffers(request),
         "batch": request.micro_batch * request.seq_len * BATCH_BYTES,
     }
     for run in request.rounds:
@@ -148,6 +150,17 @@ def _reducing(request: Request) -> int:
     if request.stage == 2 or (request.stage == 1 and request.precision == "fp32"):
         return request.setting("reduce_bucket_size", BUCKET) * request.width
     return 0
+
+
+def _muon_buffers(request: Request) -> int:
+    """At stage 3 a gradient and its momentum are gathered whole to be orthogonalised, in buffers
+    that DeepSpeed keeps while they are few: room for the largest matrix's."""
+    if request.optimizer != "muon" or request.stage != 3 or request.ranks == 1:
+        return 0
+    hidden = [p for group in groups(request) if group.kind == "muon" for p in group.members]
+    largest = max((p.numel for p in hidden), default=0)
+    slices = -(-largest // request.ranks)
+    return min(MUON_BUFFERS, 8 * slices * (request.ranks + 1))
 
 
 def _step(request: Request, held: States) -> dict[str, int]:
