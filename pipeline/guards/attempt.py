@@ -14,7 +14,7 @@ from pipeline.guards.heartbeat import Heart
 from pipeline.guards.launcher import Launcher, outlive_readers
 from pipeline.guards.memory import OutOfMemory, advice, held_here, is_out_of_memory
 from pipeline.guards.watchdog import FAULT, Watchdog
-from pipeline.options import UserError
+from pipeline.options import Fault, UserError
 from pipeline.run_folder import RunFolder
 
 
@@ -65,7 +65,9 @@ class Guards:
             heart = self.heart
             beat = heart.current()
             told = advice(config, heart.world_size, held_here(error), beat.place)
-            return OutOfMemory(f"{beat.name}: {told}", told_by=heart.rank)
+            # Once steps fitted, another start may: memory in pieces, another process's share.
+            kind = OutOfMemory if heart.is_first_step else Fault
+            return kind(f"{beat.name}: {told}", told_by=heart.rank)
         return cause_of(error, self.heart, self.name_lost)
 
     def _look_for_launcher(self) -> None:

@@ -23,7 +23,7 @@ _WORDS = (
 
 
 class OutOfMemory(Fault):
-    """Another start would end the same: a setting must change."""
+    """In a first step: another start would end the same, and a setting must change."""
 
     exit_code = UserError.exit_code
 
@@ -83,6 +83,8 @@ def advice(config: RunConfig, world_size: int, held: Held, place: str) -> str:
     settings = read_deepspeed_file(config.ds_config)
     stage = zero_stage(settings)
     remedies = []
+    if place.startswith("phase save") and config.async_checkpoints:
+        remedies.append("--async_checkpoints=false (saves then take no copy of the state)")
     if size > 1:
         remedies.append(f"--micro_batch={size // 2} (now {size} sequences at once)")
     if not config.model.get("activation_checkpointing"):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.options import UserError
+from pipeline.run_folder import RunFolder
 
 FORMAT = 1
 STAGES = ("pretrain", "finetune")
@@ -95,6 +96,13 @@ def read_run(folder: Path, relative: str) -> Run:
     attempts: dict[int, int] = {}
     training, cut_metrics = _read_training(folder / "metrics.jsonl", attempts)
     evaluations, cut_evaluations, superseded = _read_evaluations(folder / "eval.jsonl", attempts)
+    is_finished = (folder / "FINISHED").exists()
+    if is_finished and (end := _end(folder)) is not None:
+        # A rollback left batches out, and the data ended before all that it took back was remade.
+        training = [each for each in training if each.step <= end]
+        kept = [each for each in evaluations if each.step <= end]
+        superseded += len(evaluations) - len(kept)
+        evaluations = kept
     bad = [e for e in evaluations if not math.isfinite(e.loss)]
     return Run(
         name=plain_text(settings.get("name") or relative),
@@ -105,7 +113,7 @@ def read_run(folder: Path, relative: str) -> Run:
         seed=int(_number(settings, "seed", str(where), whole=True)),
         params=int(_number(parameters, "total", str(where), whole=True, positive=True)),
         params_non_embedding=int(_number(parameters, "non_embedding", str(where), whole=True)),
-        finished=(folder / "FINISHED").exists(),
+        finished=is_finished,
         evaluations=tuple(evaluations),
         training=tuple(training),
         parent=_parent(config.get("parent")),
@@ -116,6 +124,16 @@ def read_run(folder: Path, relative: str) -> Run:
         superseded=superseded,
         diverged=f"step {bad[0].step} on {bad[0].eval_set}" if bad else "",
     )
+
+
+def _end(folder: Path) -> int | None:
+    """The step that a finished run ended with, where that is before its last; else None."""
+    try:
+        step = RunFolder(folder).finished_step(-1)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        file = folder / "FINISHED"
+        raise UserError(f"{file}: cannot be read ({error}); restore it") from error
+    return None if step < 0 else step
 
 
 def plain_text(value: object) -> str:

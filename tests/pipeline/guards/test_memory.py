@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from pipeline.config import RunConfig
+from pipeline.guards.attempt import Guards
 from pipeline.guards.memory import Held, advice, asked_bytes, held_here, is_out_of_memory
 from pipeline.options import load
+from pipeline.run_folder import RunFolder
 from tests.distributed.entry import flags
 
 
@@ -66,3 +68,23 @@ def test_the_line_says_what_was_held_and_only_what_can_be_changed(tmp_path: Path
     assert "a higher ZeRO stage than 1" in told
     assert "offload" not in told
     assert "more ranks than 2, or less than seq_len=16" in told
+
+
+def test_a_save_that_finds_no_room_for_its_copy_is_told_so() -> None:
+    held = Held(asked=0, process=1, machine=2)
+    told = advice(config(), 2, held, "phase save of step 3")
+    assert "try, in this order: --async_checkpoints=false" in told
+    told = advice(config(async_checkpoints=False), 2, held, "phase save of step 3")
+    assert "async_checkpoints" not in told
+
+
+@pytest.mark.parametrize(("steps", "code"), [(1, 2), (2, 1)])
+def test_once_steps_fitted_another_start_may_fit_again(
+    steps: int, code: int, tmp_path: Path
+) -> None:
+    guards = Guards(config(), RunFolder(tmp_path))
+    for step in range(steps):
+        guards.heart.begin_step(step, "forward")
+    told = guards.explain(MemoryError(), config())
+    assert told is not None
+    assert told.exit_code == code

@@ -60,6 +60,25 @@ def test_an_evaluation_of_a_step_that_was_trained_again_is_left_out(make_run):
     assert run.superseded == 1
 
 
+def test_what_a_rollback_took_back_counts_no_more_where_the_data_ended(make_run):
+    folder = make_run("a", steps=100, every=50)
+    (folder / "FINISHED").write_text('{"step": 60, "reason": "max_epochs=1: the data end"}\n')
+    row = {**lines(folder / "eval.jsonl")[-1], "step": 60, "attempt": 2}
+    append(folder / "eval.jsonl", row)
+    run = read_run(folder, "a")
+    assert [e.step for e in run.evaluations] == [0, 50, 60]
+    assert run.training[-1].step == 60
+    assert run.superseded == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"step": null}'])
+def test_a_damaged_mark_of_the_end_is_named(make_run, text):
+    folder = make_run("a", steps=100, every=50)
+    (folder / "FINISHED").write_text(text)
+    with pytest.raises(UserError, match="FINISHED: cannot be read"):
+        read_run(folder, "a")
+
+
 @pytest.mark.parametrize("name", ["eval.jsonl", "metrics.jsonl"])
 def test_a_last_line_cut_short_is_counted(make_run, name):
     folder = make_run("a", steps=100, every=50)
