@@ -73,6 +73,7 @@ def config_problems(config: RunConfig) -> Iterable[str]:
             f"shuffle_window={config.shuffle_window!r}: not a window; give all or a positive "
             "number of shards"
         )
+    yield from _rollback_problems(config)
     yield from _order_problems(config)
     yield from recipe.problems(config)
     yield from schedule.problems(config)
@@ -87,6 +88,16 @@ def config_problems(config: RunConfig) -> Iterable[str]:
         named(config.arch, config.size, vocab_size=1024)
     except ValueError as error:
         yield f"size={config.size!r}: {error}"
+
+
+def _rollback_problems(config: RunConfig) -> Iterable[str]:
+    saves = config.checkpoint_every or config.keep_every or config.log_spaced_checkpoints
+    for name in ("loss_spikes", "on_nonfinite"):
+        if getattr(config, name) == "rollback" and not saves:
+            yield (
+                f"{name}='rollback': checkpoint_every=0 leaves nothing to go back to; give "
+                "--checkpoint_every"
+            )
 
 
 def _order_problems(config: RunConfig) -> Iterable[str]:

@@ -37,12 +37,16 @@ class Metrics(Callback):
             self._open(trainer)
 
     def _open(self, trainer: Trainer) -> None:
-        if trainer.world.is_main:
-            from torch.utils.tensorboard import SummaryWriter
+        if not trainer.world.is_main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(
-                str(trainer.folder.path / "tensorboard"), purge_step=trainer.step + 1
-            )
+        folder, purged = trainer.folder.path / "tensorboard", trainer.step + 1
+
+        def make() -> None:
+            self._writer = SummaryWriter(str(folder), purge_step=purged)
+
+        self._try(trainer, make)
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         """Write the step's line."""

@@ -69,6 +69,9 @@ def _has_ended(process: psutil.Process) -> bool:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+    except psutil.AccessDenied:
+        # Another user's, on a host that hides them: the parent itself is looked at without this.
+        return False
 
 
 class Unheard:

@@ -51,5 +51,11 @@ def judge(
         )
         if config.on_nonfinite == "rollback":
             return Verdict("rollback", reason, tuple(skipped))
-        return Verdict("stop", f"{reason}; lower lr={config.lr} and start again")
+        remedy = f"lower lr={config.lr} and start again"
+        if record.is_spike:
+            remedy = (
+                f"raise spike_threshold={config.spike_threshold:g} where the data change, or lower "
+                f"lr={config.lr}"
+            )
+        return Verdict("stop", f"{reason}; {remedy}")
     return Verdict()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from pipeline.guards.launcher import Launcher, Unheard, is_launcher
@@ -91,6 +92,17 @@ def test_a_rank_started_under_nohup_outlives_its_shell(nohup: str, expected: str
     assert shell.stdout.readline() == f"{expected}\n"
     shell.wait(10)
     shell.stdout.close()
+
+
+def test_a_launcher_that_cannot_be_looked_at_is_not_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hidden(process: psutil.Process) -> str:
+        raise psutil.AccessDenied(process.pid)
+
+    monkeypatch.delenv("RANK", raising=False)
+    launcher = Launcher()
+    launcher._above = [psutil.Process()]
+    monkeypatch.setattr(psutil.Process, "status", hidden)
+    assert not launcher.is_gone()
 
 
 def test_without_a_launcher_nothing_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,13 @@ import pytest
 from pipeline.callbacks.base import StepRecord
 from pipeline.config import RunConfig
 from pipeline.guards.verdict import judge
-from pipeline.options import load
+from pipeline.options import UserError, load
 from pipeline.run_state import RunState
 from tests.distributed.entry import flags
 
 
 def config(**changes: Any) -> RunConfig:
-    asked = flags(Path("run"), Path("shards"), **changes)
+    asked = flags(Path("run"), Path("shards"), **{"checkpoint_every": 5, **changes})
     return load(RunConfig, {key: str(value) for key, value in asked.items()})
 
 
@@ -64,6 +64,22 @@ def test_a_spike_is_judged_by_its_policy(policy: str) -> None:
     assert verdict.records == ((found,) if policy == "rollback" else ())
     if policy != "skip":
         assert "its loss 9.0000 lies" in verdict.reason
+
+
+def test_a_row_of_spikes_may_be_other_data() -> None:
+    asked = config(loss_spikes="skip", max_skipped_steps=1)
+    state = dataclasses.replace(RunState.of(asked), skipped_in_a_row=1)
+    for is_spike in (True, False):
+        told = judge(asked, state, record(7, applied=False, is_spike=is_spike), []).reason
+        assert ("raise spike_threshold=8" in told) == is_spike
+        assert "lower lr=0.01" in told
+
+
+@pytest.mark.parametrize("policy", ["loss_spikes", "on_nonfinite"])
+def test_a_run_that_keeps_nothing_cannot_go_back(policy: str) -> None:
+    with pytest.raises(UserError, match=f"{policy}='rollback': .*give --checkpoint_every"):
+        config(checkpoint_every=0, **{policy: "rollback"})
+    config(checkpoint_every=0, keep_every=5, **{policy: "rollback"})
 
 
 def test_a_step_as_any_other_goes_on() -> None:
