@@ -157,6 +157,7 @@ class Heart:
         self.launch = ""
         self.folder: Path | None = None
         self.interval = interval(world_size)
+        self.is_heard = True  # whether the last beat could be written
         self._now = _Now("start", 0, 0, time.monotonic())
         self._steps_begun = 0
         self._watchers: list[Callable[[], None]] = []
@@ -250,10 +251,11 @@ class Heart:
                 # Not brought to disk: who reads it reads it now.
                 partial.write_text(json.dumps(dataclasses.asdict(self.current(error))) + "\n")
                 os.replace(partial, target)
+                self.is_heard = True
             except OSError:
                 # A full disk must not end a run that trains. Whoever reads sees an old beat, and
                 # the next one comes in a second.
-                return
+                self.is_heard = False
 
     def _write_on(self) -> None:
         while not self._stopped.wait(self.interval):

@@ -81,7 +81,8 @@ class Watchdog:
         elif stood >= limit and now >= self._again:
             beats = self._beats()
             seen = stalls.compare(self._first, beats)
-            found = stalls.culprits(seen)
+            # Where this rank's own beats do not arrive, neither may those of ranks that live.
+            found = stalls.culprits(seen) if heart.is_heard else []
             if found and all(self._may_take_longer(one) for one in found):
                 self._first, self._again = beats, now + limit / 4
             else:
@@ -126,6 +127,12 @@ class Watchdog:
             if (elsewhere or not found) and (lost := self._name_lost()[0]):
                 # Their beats may still arrive, by a run folder that all reach.
                 told = f"{lost}; all have waited for {stood:.0f} s"
+            if not heart.is_heard:
+                beat = heart.current()
+                told = (
+                    f"{beat.name} has stood still for {stood:.0f} s in {beat.place}, and who is "
+                    f"behind is not known: heartbeats cannot be written; make room in {folder}"
+                )
             print(
                 f"error: {told}; stacks are in {folder}; the same command goes on from the last "
                 "checkpoint",

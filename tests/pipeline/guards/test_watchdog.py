@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import time
@@ -107,3 +108,24 @@ def test_it_ends_whatever_the_others_do_meanwhile(
         looked_twice(heart).look()
     assert ended.value.args == (watchdog.FAULT,)
     assert "rank 1 (host" in capsys.readouterr().err
+
+
+def test_on_a_full_disk_nobody_is_blamed_for_silence(
+    heart: Heart, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, _: killed.append(pid))
+    dog = looked_twice(heart)
+    monkeypatch.setattr(os, "replace", full)
+    heart.write()
+    with pytest.raises(Ended):
+        dog.look()
+    told = capsys.readouterr().err
+    assert "rank 0 (host" in told
+    assert "heartbeats cannot be written; make room in" in told
+    assert "no sign of life" not in told
+    assert killed == []
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
