@@ -21,6 +21,7 @@ class Facts:
     Attributes:
         host: its node's name.
         problem: why it cannot train, in one line, or "".
+        may_heal: whether another start may be without that problem.
         same: what must be the same on every rank, by name.
         code: digest of each of the project's files, relative to the checkout.
         free_bytes: room where the run folder and the cache are.
@@ -33,6 +34,7 @@ class Facts:
     code: Mapping[str, str] = dataclasses.field(default_factory=dict)
     free_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     interface: str = ""
+    may_heal: bool = False
 
     def to_json(self) -> str:
         """As one line."""
@@ -62,6 +64,11 @@ def verdict(facts: Sequence[Facts]) -> str:
     names = dict.fromkeys(name for each in facts for name in each.same)
     found += [line for name in names if (line := _difference(name, facts))]
     return "; ".join(found)
+
+
+def heals(facts: Sequence[Facts]) -> bool:
+    """Whether nothing keeps the run from starting but what another start may be without."""
+    return not verdict([dataclasses.replace(f, problem="") if f.may_heal else f for f in facts])
 
 
 def _difference(name: str, facts: Sequence[Facts]) -> str:

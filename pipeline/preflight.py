@@ -6,6 +6,7 @@ node that differs, what it has and what the others have.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -62,12 +63,12 @@ class Preflight:
 
     def _agree(self, make_plan: Callable[[], Plan]) -> None:
         """What one node refuses must end all, at once and in one line: so it is told to rank 0."""
-        plan, interface, problem = None, "", ""
+        plan, interface, problem, may_heal = None, "", "", False
         try:
             interface = choose_interfaces(os.environ) or ""
             plan = make_plan()
         except UserError as error:
-            problem = str(error)
+            problem, may_heal = str(error), isinstance(error, Fault)
         from pipeline.distributed import device_kind
         from pipeline.rendezvous import meet
 
@@ -75,10 +76,11 @@ class Preflight:
             self.meeting = meet(plan.config.start_timeout if plan else REFUSED_START_TIMEOUT)
         except Fault as error:
             # What this rank refuses stands, whether the others hear of it or not.
-            kind = UserError if problem else Fault
+            kind = UserError if problem and not may_heal else Fault
             raise kind("; ".join(filter(None, (problem, str(error))))) from error
         assert self.meeting is not None
         facts = own_facts(plan, problem, interface, device_kind())
+        facts = dataclasses.replace(facts, may_heal=may_heal)
         try:
             self.facts = self.meeting.roll_call(facts, plan.folder.path if plan else None)
         except UserError:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from pipeline.agreement import Facts, name_ranks, spans, verdict
+from pipeline.agreement import Facts, heals, name_ranks, spans, verdict
 from pipeline.options import AgreedError, Fault
 
 BEAT_SECONDS = 1.0
@@ -152,7 +152,7 @@ class Meeting:
         names = [stated[rank].host if rank in stated else "?" for rank in range(place.size)]
         self.hosts = names
         # Without that node another start may succeed; what differs is for a person to mend.
-        code = 1 if missing else 2
+        code = 1 if missing or heals(list(stated.values())) else 2
         self._store.set("exit_code", str(code))
         self._store.set("hosts", "\n".join(names))
         self._store.set("verdict", told)

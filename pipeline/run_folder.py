@@ -19,7 +19,7 @@ from typing import IO, Any
 from pipeline import json_lines
 from pipeline.atomic import write_atomically
 from pipeline.checkpointing.retention import Retention
-from pipeline.options import UserError
+from pipeline.options import Fault, UserError
 
 # Open for as long as the process lives: the kernel drops a lock with its file, however it ends.
 _HELD_LOCKS: list[IO[str]] = []
@@ -233,7 +233,8 @@ class RunFolder:
     def lock(self) -> None:
         """Keep every other process from this run until this one ends, however it ends.
 
-        Raises UserError where another holds it or the folder cannot be written.
+        Raises UserError where the folder cannot be written, Fault where another holds the lock: it
+        may leave, and a file system that lost a node keeps that node's locks for a while.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -244,7 +245,7 @@ class RunFolder:
             ) from error
         if not _locked(handle):
             handle.seek(0)
-            raise UserError(
+            raise Fault(
                 f"run_dir={str(self.path)!r}: process {handle.read().strip() or '?'} is "
                 "working on it; wait for it or stop it"
             )

@@ -6,12 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.agreement import Facts, clock_problem, name_ranks, spans, verdict
+from pipeline.agreement import Facts, clock_problem, heals, name_ranks, spans, verdict
 
 
 def facts(host: str, **same: str) -> Facts:
     """Of one rank."""
     return Facts(host, same=same)
+
+
+def test_what_keeps_a_run_from_starting_heals_only_where_all_of_it_does() -> None:
+    locked = Facts("n0", "is working on it", {"code": "1"}, may_heal=True)
+    assert heals([locked, facts("n1", code="1")])
+    assert not heals([locked, facts("n1", code="2")])
+    assert not heals([locked, Facts("n1", "no such data", {"code": "1"})])
 
 
 @pytest.mark.parametrize(

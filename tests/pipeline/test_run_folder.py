@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.atomic import write_atomically
-from pipeline.options import UserError
+from pipeline.options import Fault, UserError
 from pipeline.run_folder import RunFolder
 
 
@@ -48,7 +48,7 @@ def test_two_processes_cannot_train_one_run_and_a_killed_one_leaves_no_lock(
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == "locked\n"
-        with pytest.raises(UserError, match=f"process {other.pid} on .* is working on it"):
+        with pytest.raises(Fault, match=f"process {other.pid} on .* is working on it"):
             RunFolder(tmp_path).lock()
     finally:
         other.kill()
