@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from pipeline.options import UserError
 from tools.supervise.launch import Launch
 
 DEFAULT_HOSTFILE = "/job/hostfile"  # DeepSpeed's
-_PROBE_SECONDS = 20
+_PROBE_SECONDS, _PROBE_PAUSE = 20, 5.0
 
 
 class NoRanks(Exception):
@@ -116,7 +117,7 @@ def _fit_hosts(launch: Launch, slots: dict[str, int], probe: str) -> tuple[Launc
     full, micro = sum(slots.values()), micro_batch_size(launch.config, sum(slots.values()))
     ranks = _ranks_of(launch, micro, sum(left.values()), f"{gone} did not answer")
     used = spread(left, ranks)
-    hostfile = launch.run_dir / "hostfile"
+    hostfile = launch.run_dir / ".hostfile_left"  # the run folder may hold the user's own
     write_atomically(hostfile, "".join(f"{host} slots={count}\n" for host, count in used.items()))
     fitted = launch.with_flag("hostfile", str(hostfile))
     fitted = fitted.without_flag("num_nodes").without_flag("num_gpus")
@@ -133,6 +134,9 @@ def _fit_hosts(launch: Launch, slots: dict[str, int], probe: str) -> tuple[Launc
 
 
 def _fit_one_host(launch: Launch) -> tuple[Launch, str]:
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):
+        # Somebody, Slurm for one, chose among them; given a number the launcher would forget that.
+        return launch, ""
     visible = visible_gpus()
     asked = _number(launch, "num_gpus")
     if visible is None or 0 < asked <= visible:
@@ -198,12 +202,23 @@ def _ssh(launch: Launch) -> str:
 
 
 def _answers(probe: str, host: str) -> bool:
+    """Whether one of two probes succeeds: without a host a run may go on for weeks."""
     words = [word.replace("{host}", host) for word in shlex.split(probe)]
+    if _succeeds(words):
+        return True
+    time.sleep(_PROBE_PAUSE)
+    return _succeeds(words)
+
+
+def _succeeds(words: list[str]) -> bool:
+    # No pipes: an ssh that keeps its connection open for later would hold them.
+    nowhere = subprocess.DEVNULL
     try:
         done = subprocess.run(
             words,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdin=nowhere,
+            stdout=nowhere,
+            stderr=nowhere,
             check=False,
             timeout=_PROBE_SECONDS,
         )

@@ -67,8 +67,9 @@ runpy.run_path(sys.argv[0])
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run's folder to be, beside the entry point and something like DeepSpeed's launcher."""
+    monkeypatch.setattr("tools.supervise.world._PROBE_PAUSE", 0.0)
     (tmp_path / "pretrain.py").write_text(ENTRY)
     (tmp_path / "deepspeed").write_text(LAUNCHER)
     return tmp_path / "run"
@@ -221,7 +222,7 @@ def test_it_goes_on_without_a_host_that_does_not_answer_and_ends_without_any(
     assert "n1 did not answer: 4 ranks on 1 host instead of 8 on 2" in capfd.readouterr().err
     assert (run.parent / "launched").read_text().splitlines() == [
         f"--hostfile {hostfile}",
-        f"--hostfile {run}/hostfile --force_multi",
+        f"--hostfile {run}/.hostfile_left --force_multi",
     ]
     (run / "FINISHED").unlink()
     gone = here(run, "", "--probe=false", "--max_restarts=1", launcher=launcher)

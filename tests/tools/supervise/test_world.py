@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,9 @@ def test_ranks_fill_hosts_in_their_order(counts: list[int], data: st.DataObject)
 
 
 @pytest.fixture
-def hosts(tmp_path: Path) -> Path:
+def hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Three hosts of four slots; those answer that have a file in up/."""
+    monkeypatch.setattr("tools.supervise.world._PROBE_PAUSE", 0.0)
     (tmp_path / "up").mkdir()
     for host in ("n0", "n1", "n2"):
         (tmp_path / "up" / host).touch()
@@ -75,8 +77,8 @@ def test_hosts_that_do_not_answer_are_left_out(hosts: Path) -> None:
         "n1 did not answer: 6 ranks on 2 hosts instead of 12 on 3, the most that cut "
         "global_batch=24 into micro-batches of 2"
     )
-    assert fitted.flag("hostfile") == f"{hosts}/run/hostfile"
-    assert read_hostfile(hosts / "run" / "hostfile") == {"n0": 4, "n2": 2}
+    assert fitted.flag("hostfile") == f"{hosts}/run/.hostfile_left"
+    assert read_hostfile(hosts / "run" / ".hostfile_left") == {"n0": 4, "n2": 2}
     assert fitted.words[-1] == "--micro_batch=2"
     assert fitted.flag("master_addr") == "10.0.0.1"
     # It is back: the next start has all of them again.
@@ -90,7 +92,7 @@ def test_the_first_host_and_all_but_one_may_be_gone(hosts: Path) -> None:
         (hosts / "up" / host).unlink()
     fitted, said = fit(whole, probe(hosts))
     assert said.startswith("n0, n1 did not answer: 2 ranks on 1 host instead of 6 on 3, ")
-    assert read_hostfile(hosts / "run" / "hostfile") == {"n2": 2}
+    assert read_hostfile(hosts / "run" / ".hostfile_left") == {"n2": 2}
     # Its address was the first host's; and one host alone would be taken for this one.
     assert fitted.flag("master_addr") is None
     assert fitted.flag("force_multi") == ""
@@ -110,6 +112,22 @@ def test_what_cannot_be_left_out_is_left_as_it_is(hosts: Path) -> None:
         assert fit(asked, probe(hosts)) == (asked, "")
 
 
+def test_a_host_answers_though_its_ssh_leaves_a_connection_open_or_fails_once(
+    hosts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tools.supervise.world._PROBE_SECONDS", 5)
+    # As ssh does where its ControlPersist is set: what stays behind holds its output.
+    stays = f"sh -c 'sleep 20 & echo $! >>{hosts}/left'"
+    whole = over_hosts(hosts)
+    try:
+        assert fit(whole, f"{stays} {{host}}") == (whole, "")
+    finally:
+        for pid in (hosts / "left").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+    once = f"sh -c 'test -e {hosts}/asked_{{host}} || ! touch {hosts}/asked_{{host}}'"
+    assert fit(whole, once) == (whole, "")
+
+
 def test_mistakes_in_hosts_are_told(hosts: Path) -> None:
     with pytest.raises(UserError, match="there is no nothing-of-this-name here"):
         fit(over_hosts(hosts), "nothing-of-this-name {host}")
@@ -127,7 +145,8 @@ def test_gpus_that_are_gone_are_done_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    for variable in ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(variable, raising=False)
 
     def there_are(count: int) -> None:
         program = tmp_path / "nvidia-smi"
@@ -154,3 +173,9 @@ def test_gpus_that_are_gone_are_done_without(
         fit(launch("--num_gpus", "8", global_batch=24, micro_batch=7), "")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert fit(whole, "") == (whole, "")
+    # Somebody chose among them: a number would make the launcher take others.
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    there_are(8)
+    chosen = launch(global_batch=60)
+    assert fit(chosen, "") == (chosen, "")
