@@ -87,18 +87,21 @@ class Stop:
     """Asks what works on a run to save and leave, and ends whatever is left after a time.
 
     DeepSpeed's launcher would die at once and leave its ranks behind, so the ranks are asked: they
-    agree on a step, save and leave, and the launcher ends after them. One is asked once.
+    agree on a step, save and leave, and the launcher ends after them. One is asked once. Ranks that
+    were at work before and that no supervisor started are somebody else's, and are left alone.
     """
 
     def __init__(self, run: Path, since: float = float("inf")) -> None:
         self._run = run
         self._since = since
         self._asked: set[tuple[int, float]] = set()
+        self._others = set(ranks_by_heartbeat(run)) - set(processes_of(run))
 
     def ask(self) -> list[psutil.Process]:
         """Ask those that were not asked yet; returns everything that is still there."""
-        there = processes_of(self._run, self._since)
+        there = self._there()
         targets = ranks_of(self._run, self._since) if there else []
+        targets = [process for process in targets if process not in self._others]
         if not targets and not any(_is_pdsh(process) for process in there):
             # No rank was started yet: there is nothing to save. (At a signal, a launcher over pdsh
             # would end every process of DeepSpeed's launcher on all hosts, other runs' too.)
@@ -110,6 +113,10 @@ class Stop:
                     self._asked.add(key)
                     process.send_signal(signal.SIGTERM)
         return there
+
+    def _there(self) -> list[psutil.Process]:
+        found = processes_of(self._run, self._since)
+        return [process for process in found if process not in self._others]
 
     def wait(self, seconds: float) -> int:
         """Ask and wait until nothing is left; the number of processes that had to be killed.
@@ -130,7 +137,7 @@ class Stop:
         """
         deadline = time.monotonic() + _KILL_SECONDS
         killed = set()
-        while there := processes_of(self._run, self._since):
+        while there := self._there():
             if time.monotonic() > deadline:
                 numbers = ", ".join(str(process.pid) for process in there)
                 raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -12,11 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.guards.heartbeat import Heart, beat_file, began
 from pipeline.options import UserError
 from tests.tools.supervise.test_launch import TOLD
 from tools.cli import dispatch
 from tools.supervise.lock import only_supervisor
-from tools.supervise.processes import processes_of
+from tools.supervise.processes import Stop, processes_of
 
 ENTRY = """
 import os, pathlib, signal, subprocess, sys, time
@@ -228,3 +230,29 @@ def test_it_goes_on_without_a_host_that_does_not_answer_and_ends_without_any(
     gone = here(run, "", "--probe=false", "--max_restarts=1", launcher=launcher)
     assert gone == 1
     assert "nothing is left to go on with, at its start" in capfd.readouterr().err
+
+
+def beat(run: Path, process: psutil.Process) -> None:
+    """The process's heartbeat, as a rank of the run."""
+    Heart(0, 1).beat_into(run / "heartbeat", "by hand")
+    file = beat_file(run / "heartbeat", 0)
+    told = json.loads(file.read_text())
+    told |= {"pid": process.pid, "created": began(process), "time": time.time()}
+    file.write_text(json.dumps(told))
+
+
+def test_a_run_that_somebody_started_by_hand_is_waited_for_and_not_ended(run: Path) -> None:
+    rank = subprocess.Popen(["sleep", "60"])
+    try:
+        beat(run, psutil.Process(rank.pid))
+        stop = Stop(run, since=time.time() - 5)
+        beat(run, psutil.Process(rank.pid))
+        assert stop.wait(5.0) == 0
+        assert rank.poll() is None
+        # One that came later is the attempt's own.
+        came = Stop(run.with_name("other"), since=time.time())
+        beat(run.with_name("other"), psutil.Process(rank.pid))
+        assert [process.pid for process in came.ask()] == [rank.pid]
+    finally:
+        rank.kill()
+        rank.wait()
