@@ -89,6 +89,7 @@ class Supervisor:
 
     def _run(self) -> int:
         if self._folder.is_finished:
+            self._refuse_more_steps()
             self._say("finished before; nothing to do")
             return 0
         self._clear("an earlier attempt", Stop(self._launch.run_dir))
@@ -121,6 +122,18 @@ class Supervisor:
                 "checkpoint)"
             )
             self._sleep(wait)
+
+    def _refuse_more_steps(self) -> None:
+        """A marker of a shorter run must not pass for this one's."""
+        asked = self._launch.config.steps
+        known = asked
+        if self._folder.config_file.exists():
+            known = self._folder.read_config()["run"].get("steps", asked)
+        if known != asked:
+            raise UserError(
+                f"steps={asked}: the run in {self._folder.path} is FINISHED with {known}; give "
+                "another run_dir"
+            )
 
     def _attempt(self) -> tuple[int, str]:
         """Run the command once, until nothing of it is left; its exit code, and a sentence."""

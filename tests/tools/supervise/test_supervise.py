@@ -256,3 +256,15 @@ def test_a_run_that_somebody_started_by_hand_is_waited_for_and_not_ended(run: Pa
     finally:
         rank.kill()
         rank.wait()
+
+
+def test_a_finished_run_that_is_asked_for_more_steps_is_not_taken_for_done(run: Path) -> None:
+    run.mkdir()
+    (run / "FINISHED").touch()
+    told = {"run": {"steps": 5}, "data": {}, "model": {}}
+    (run / "config.json").write_text(json.dumps(told))
+    assert here(run, "") == 0
+    told["run"]["steps"] = 3
+    (run / "config.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"steps=5: the run in .* is FINISHED with 3; give"):
+        here(run, "")
