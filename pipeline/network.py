@@ -6,7 +6,7 @@ import ipaddress
 import socket
 from collections.abc import Iterable, Mapping, MutableMapping
 
-from pipeline.options import UserError
+from pipeline.options import Fault, UserError
 
 
 def free_port() -> int:
@@ -61,7 +61,7 @@ def choose_interfaces(environ: MutableMapping[str, str]) -> str | None:
     alone gloo takes the address that the host's own name has, which is often the loopback's. What
     the user set stays; a run on one host is left alone.
 
-    Raises UserError where no interface leads there, or only the loopback.
+    Raises UserError where it is not known or is the loopback, Fault where no way leads there now.
     """
     if not spans_hosts(environ):
         return None
@@ -69,7 +69,9 @@ def choose_interfaces(environ: MutableMapping[str, str]) -> str | None:
     try:
         address = address_towards(master)
     except OSError as error:
-        raise UserError(
+        # A name that is not known is a mistake; a name server or a route that is gone may be back.
+        kind = UserError if error.errno == socket.EAI_NONAME else Fault
+        raise kind(
             f"MASTER_ADDR={master!r}: {error.strerror or error} on {socket.gethostname()}; give "
             "the launcher a --master_addr that every node knows and reaches"
         ) from None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import socket
+
 import pytest
 
 from pipeline import network
@@ -79,3 +82,23 @@ def test_a_master_that_other_hosts_do_not_reach_is_refused(master: str, part: st
     with pytest.raises(UserError, match="--master_addr") as caught:
         choose_interfaces({**TWO_HOSTS, "MASTER_ADDR": master})
     assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (socket.gaierror(socket.EAI_AGAIN, "try again"), 1),
+        (OSError(errno.ENETUNREACH, "unreachable"), 1),
+        (socket.gaierror(socket.EAI_NONAME, "not known"), 2),
+    ],
+)
+def test_a_name_server_or_a_route_may_be_back_at_another_start(
+    error: OSError, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(host: str) -> str:
+        raise error
+
+    monkeypatch.setattr("pipeline.network.address_towards", fail)
+    with pytest.raises(UserError) as caught:
+        choose_interfaces({**TWO_HOSTS, "MASTER_ADDR": "n0"})
+    assert caught.value.exit_code == code
