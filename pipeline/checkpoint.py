@@ -22,7 +22,7 @@ from pipeline.checkpointing import folder
 from pipeline.checkpointing.folder import MASTER, OPTIMIZER, Reader, read_state
 from pipeline.checkpointing.writer import Piece, Writer
 from pipeline.distributed import World, all_agree, same_everywhere
-from pipeline.options import UserError
+from pipeline.options import Fault, UserError
 from pipeline.zero_layout import Fragment
 
 T = TypeVar("T")
@@ -99,35 +99,35 @@ def _agreed_fault(path: Path, world: World) -> str | None:
     """
     share = slice(world.rank, None, world.size)
     own = _attempt(lambda: folder.hash_fault(path, share=share), path)
-    answers: list[tuple[str | None, str]] = [own] * world.size
+    answers: list[tuple[str | None, UserError | None]] = [own] * world.size
     dist.all_gather_object(answers, own)
     for _, error in answers:
-        if error:
-            raise UserError(error)
+        if error is not None:
+            raise error
     found = next((fault for fault, _ in answers if fault is not None), None)
     if found is None:
         found = _on_main(lambda: folder.cover_fault(path), path, world)
     return found
 
 
-def _attempt(look: Callable[[], T], path: Path) -> tuple[T | None, str]:
+def _attempt(look: Callable[[], T], path: Path) -> tuple[T | None, UserError | None]:
     """What `look` finds at `path`; or why it cannot tell, which says nothing of the checkpoint."""
     try:
-        return look(), ""
+        return look(), None
     except OSError as error:
-        return None, (
+        return None, Fault(
             f"checkpoint={str(path)!r}: cannot be read now ({error.strerror or error}); nothing "
             "was changed: see to the disk and give the same command"
         )
     except UserError as error:
-        return None, str(error)
+        return None, error
 
 
 def _on_main(look: Callable[[], T], path: Path, world: World) -> T:
-    """What rank 0 finds at `path`, on every rank. Raises UserError on every rank."""
+    """What rank 0 finds at `path`, on every rank. Raises on every rank what `_attempt` met."""
     found, error = same_everywhere(_attempt(look, path) if world.is_main else None)
-    if error:
-        raise UserError(error)
+    if error is not None:
+        raise error
     return found
 
 
@@ -138,17 +138,18 @@ def load(engine: Any, path: Path, world: World, *, weights_only: bool = False) -
         path: a checkpoint that `newest_good` returned.
         weights_only: leave the optimizer as it is (finetuning).
     """
-    error = ""
+    error: UserError | None = None
     state: dict[str, Any] = {}
     try:
         with Reader(path) as reader:
             state = reader.state
             _fill(engine, reader, weights_only=weights_only)
     except (UserError, folder.Damaged, OSError, SafetensorError) as caught:
-        error = f"checkpoint={str(path)!r}: cannot be read ({caught})"
-        error = str(caught) if isinstance(caught, UserError) else error
-    if not all_agree(not error):
-        raise UserError(error or f"checkpoint={str(path)!r}: refused by another rank")
+        # What was whole a moment ago is damaged or out of reach: the next start judges it anew.
+        unread = Fault(f"checkpoint={str(path)!r}: cannot be read ({caught})")
+        error = caught if isinstance(caught, UserError) else unread
+    if not all_agree(error is None):
+        raise error or Fault(f"checkpoint={str(path)!r}: refused by another rank")
     zero_layout.publish_masters(engine)
     return state
 
