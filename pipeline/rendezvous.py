@@ -131,7 +131,16 @@ class Meeting:
         place, mark = self._place, Path()
         if run_folder is not None:
             mark = run_folder / f".seen_by_all_{uuid.uuid4().hex}"
-            mark.touch()
+            try:
+                mark.touch()
+            except OSError as error:
+                problem = f"run_dir={str(run_folder)!r}: {error.strerror}; see to its disk"
+                facts = replace(
+                    facts,
+                    problem=facts.problem or problem,
+                    may_heal=facts.may_heal or not facts.problem,
+                )
+                mark, run_folder = Path(), None
         try:
             self._store.set("host", facts.host)
             self._store.set("mark", mark.name)
