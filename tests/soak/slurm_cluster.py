@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from pipeline.network import free_port
 _START_SECONDS = 60
 
 
-def _configuration(folder: Path, host: str, nodes: list[str]) -> str:
+def _configuration(folder: Path, spool: Path, host: str, nodes: list[str]) -> str:
     lines = [
         f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} "
         f"CPUs={2 // len(nodes)} RealMemory=4000 State=UNKNOWN"
@@ -35,10 +36,10 @@ SlurmctldPort={free_port()}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge/socket,cred_expire=5
+AuthInfo=socket={spool}/munge,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool/%n
+SlurmdSpoolDir={spool}/%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
@@ -82,16 +83,20 @@ def slurm_cluster(folder: Path, num_nodes: int = 1) -> Iterator[dict[str, str]]:
         pytest.skip("Slurm's daemons need root")
     _install()
     host = socket.gethostname().partition(".")[0]
-    for name in ("munge", "state", "spool"):
+    for name in ("munge", "state"):
         (folder / name).mkdir(parents=True)
     key = folder / "munge" / "key"
     key.write_bytes(os.urandom(1024))
     key.chmod(0o600)
     nodes = [f"node{number}" for number in range(1, num_nodes + 1)]
-    (folder / "slurm.conf").write_text(_configuration(folder, host, nodes))
+    # Sockets lie here: their paths may have 108 characters.
+    short = tempfile.TemporaryDirectory(prefix="slurm-")
+    spool = Path(short.name)
+    (folder / "slurm.conf").write_text(_configuration(folder, spool, host, nodes))
     environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
     munge = ["munged", "--foreground", "--force", f"--key-file={key}"]
-    munge += [f"--{name}={folder}/munge/{name}" for name in ("socket", "pid-file", "log-file")]
+    munge += [f"--{name}={folder}/munge/{name}" for name in ("pid-file", "log-file")]
+    munge += [f"--socket={spool}/munge"]
     munge += [f"--seed-file={folder}/munge/seed"]
     daemons: list[subprocess.Popen[bytes]] = []
     try:
@@ -111,6 +116,7 @@ def slurm_cluster(folder: Path, num_nodes: int = 1) -> Iterator[dict[str, str]]:
                 daemon.wait(20)
             daemon.kill()
             daemon.wait()
+        short.cleanup()
 
 
 def _await_node(folder: Path, environment: dict[str, str]) -> None:
