@@ -25,7 +25,7 @@ test: $(INSTALLED)
 
 soak: $(INSTALLED)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,dedup,cluster]'
-	@$(BIN)/python -m pytest -m soak --timeout 2400
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m soak --timeout 2400
 
 check: $(INSTALLED)
 	@$(BIN)/ruff check .
