@@ -16,7 +16,7 @@ from tools.audit import Options, audit
 
 # A real server and a proxy before it.
 pytestmark = pytest.mark.distributed
-BUCKET = "corpus"
+BUCKET = "audited"  # its own: the servers of one process share what they hold
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,9 @@ class Proxy:
 @contextlib.contextmanager
 def serving(folder: Path, bucket: str) -> Iterator[Proxy]:
     """The proxy before a server whose bucket holds every file of `folder`; s3fs goes there."""
-    pytest.importorskip("s3fs", reason="s3fs is not installed; pip install 'isoflop[cluster]'")
+    s3fs = pytest.importorskip(
+        "s3fs", reason="s3fs is not installed; pip install 'isoflop[cluster]'"
+    )
     server_module = pytest.importorskip("moto.server", reason="moto[server] is not installed")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -103,6 +105,8 @@ def serving(folder: Path, bucket: str) -> Iterator[Proxy]:
         _, port = server.get_host_and_port()
         proxy = Proxy(port)
         patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        # fsspec would give out the file system of another test, with that one's server.
+        s3fs.S3FileSystem.clear_instance_cache()
         client = proxy.client()
         client.create_bucket(Bucket=bucket)
         for file in folder.rglob("*"):
@@ -111,4 +115,5 @@ def serving(folder: Path, bucket: str) -> Iterator[Proxy]:
                 client.put_object(Bucket=bucket, Key=name, Body=file.read_bytes())
         yield proxy
         proxy.server.shutdown()
+        proxy.server.server_close()
         server.stop()
