@@ -52,9 +52,9 @@ def check(
 
 
 def test_a_rank_and_the_launcher_killed(shards_dir: Path, tmp_path: Path) -> None:
-    kills = [Kill("rank", "save", 5, 0.0), Kill("launch", "step", 8, 0.01)]
+    kills = [Kill("rank", "save", 11, 0.0), Kill("launch", "step", 14, 0.01)]
     said = check(kills, 36, shards_dir, tmp_path)
-    # Each start went on from a checkpoint.
+    # Each start went on from a checkpoint: the save that was cut off was not the first.
     assert said.count("goes on from step") == 2
 
 

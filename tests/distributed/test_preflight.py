@@ -56,7 +56,7 @@ def start(run: Path, shards: Path, changes: Changes, **more: Any) -> list[tuple[
 
 
 def test_nodes_that_agree_train_and_what_they_are_is_written_down(
-    shards_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    shards_dir: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     assert start(run, shards_dir, {}, steps=1) == [("trained", "")] * 3
@@ -68,7 +68,6 @@ def test_nodes_that_agree_train_and_what_they_are_is_written_down(
     assert 0 <= written["clock_spread_seconds"] < 5
     assert len(written["same"]["code"]) == len(written["same"]["data"]) == 64
     assert not list(run.glob(".seen*"))
-    assert "run: n0 (rank 0), n1 (rank 1), n2 (rank 2) agree; all-reduce" in capfd.readouterr().out
 
 
 def soak(changes: Changes, part: str) -> Any:
