@@ -20,6 +20,7 @@ from tools.cli import dispatch
 from tools.supervise.lock import only_supervisor
 from tools.supervise.processes import Stop, processes_of
 
+pytestmark = pytest.mark.distributed
 ENTRY = """
 import os, pathlib, signal, subprocess, sys, time
 

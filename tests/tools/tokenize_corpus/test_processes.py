@@ -14,6 +14,7 @@ from tests.tools.tokenising import start
 from tests.tools.tokenize_corpus.small import arguments, line, run
 from tools.corpus_records import Running
 
+pytestmark = pytest.mark.distributed
 ROWS = 20_000
 BUSY = {"task_bytes": 500_000, "shard_bytes": 10**6}
 
