@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -183,6 +184,8 @@ def test_who_looks_at_the_lock_keeps_nobody_out(tmp_path: Path) -> None:
         timer.start()
         RunFolder(tmp_path).lock()
         timer.join()
+    # Held until this process ends, and by it.
+    assert (tmp_path / ".lock").read_text().startswith(f"{os.getpid()} on ")
 
 
 def test_a_line_that_a_lost_host_left_is_named(tmp_path: Path) -> None:
