@@ -17,7 +17,7 @@ Shape letters: B rows, S tokens of the longest prefix, P prefixes, h heads, k he
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.autocast import outside_autocast
+from models.compiling import left_eager
 from models.prefix_attention import Prefixes, wide
 
 
@@ -68,6 +69,8 @@ class Scan:
         self.hidden = wide(hidden).transpose(0, 1).contiguous()
         self.values = wide(values).transpose(0, 1).contiguous()
         self.entries, self.shares = _Enter.apply(wide(scores), self.values, first)
+        self.read: Callable[[Run], tuple[Tensor, Tensor]] = left_eager(_read)
+        """`Run.at_pairs`."""
         self._shared = (self.hidden, self.values, self.entries, self.shares)
         self._detached = tuple(x.detach() for x in self._shared)
         self._needs_grad = any(x.requires_grad for x in self._shared)
@@ -113,14 +116,6 @@ class Scan:
         for t in ends:
             torch.lerp(read[:t], values[t], shares[t - self.first, :t], out=read[:t])
         return read
-
-    def read(self, run: Run) -> tuple[Tensor, Tensor]:
-        """`Run.at_pairs`."""
-        shared: tuple[Tensor, ...] = self._shared
-        if not run.is_final:
-            shared = tuple(x.requires_grad_(self._needs_grad) for x in self._detached)
-        hidden, mixed = _Read.apply(*shared, run)
-        return hidden, mixed
 
 
 class _Enter(torch.autograd.Function):
@@ -172,6 +167,15 @@ class _Enter(torch.autograd.Function):
         moved = torch.where(is_later, gamma - beta.squeeze(-1) * carried, 0)
         scores_grad[..., first:] += moved.permute(2, 3, 1, 0)
         return scores_grad, values_grad, None
+
+
+def _read(run: Run) -> tuple[Tensor, Tensor]:
+    scan = run.scan
+    shared: tuple[Tensor, ...] = scan._shared
+    if not run.is_final:
+        shared = tuple(x.requires_grad_(scan._needs_grad) for x in scan._detached)
+    hidden, mixed = _Read.apply(*shared, run)
+    return hidden, mixed
 
 
 class _Read(torch.autograd.Function):
