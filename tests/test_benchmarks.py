@@ -162,6 +162,7 @@ def test_an_unknown_name_is_refused() -> None:
     assert found.stderr.count("\n") == 1
 
 
+@pytest.mark.distributed
 def test_small_ones_run_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeding, "BLOCKS", 4)
     monkeypatch.setattr(tokenising, "TEXT_BYTES", 400_000)

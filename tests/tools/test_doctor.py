@@ -134,6 +134,7 @@ def test_without_heartbeats_it_says_so_and_no_run_is_a_mistake(
         dispatch(["doctor", str(tmp_path)])
 
 
+@pytest.mark.distributed
 def test_a_rank_that_stands_still_is_shown_with_its_stack(tmp_path: Path) -> None:
     code = (
         "import sys, time\n"

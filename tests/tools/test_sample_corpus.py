@@ -124,6 +124,7 @@ def test_rows_tell_nothing_of_this_machine(corpus):
     assert sys.prefix not in (corpus / "corpus.json").read_text()
 
 
+@pytest.mark.distributed
 def test_another_process_makes_the_same_bytes(corpus, tmp_path):
     code = "from tools.cli import main; main()"
     flags = ["sample-corpus", str(tmp_path / "again"), "--megabytes", str(MEGABYTES)]
