@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.agreement import Facts, clock_problem, name_ranks
 from pipeline.atomic import write_atomically
+from pipeline.checkpointing.names import partial_bytes
 from pipeline.network import choose_interfaces, spans_hosts
 from pipeline.options import AgreedError, Fault, UserError
 from pipeline.plan import recorded_versions
@@ -177,7 +178,10 @@ def _existing(path: Path) -> Path:
 
 def _free_bytes(plan: Plan) -> dict[str, int]:
     places = {"run_dir": plan.folder.path, "cache_dir": Path(plan.config.cache_dir)}
-    return {name: shutil.disk_usage(_existing(path)).free for name, path in places.items()}
+    free = {name: shutil.disk_usage(_existing(path)).free for name, path in places.items()}
+    # A save that was killed makes room for the next one.
+    free["run_dir"] += partial_bytes(plan.folder.checkpoints)
+    return free
 
 
 def room_problems(plan: Plan, free: Mapping[str, int]) -> Iterable[str]:

@@ -120,7 +120,7 @@ def examine(
     found = []
     for beat in beats:
         age, in_phase = max(0.0, now - beat.time), max(0.0, beat.time - beat.since)
-        limit = patience(stuck, beat.phase, is_first_step=False) if by_phase else stuck
+        limit = _patience(stuck, beat) if by_phase else stuck
         behind = is_waited_for and not beat.is_over and (beat.step, beat.laps) == last
         state = "goes_on"
         if beat.is_over:
@@ -147,6 +147,10 @@ def examine(
             )
         )
     return found
+
+
+def _patience(stuck: float, beat: Beat) -> float:
+    return patience(stuck, beat.phase, is_first_step=beat.is_first_step)
 
 
 def is_healthy(is_finished: bool, findings: Sequence[Finding]) -> bool:

@@ -23,3 +23,12 @@ def list_steps(checkpoints: Path) -> list[int]:
     found = [match for match in (re.fullmatch(r"step_(\d+)", name) for name in names) if match]
     whole = [int(match[1]) for match in found if (checkpoints / match[0] / COMPLETE).exists()]
     return sorted(whole, reverse=True)
+
+
+def partial_bytes(checkpoints: Path) -> int:
+    """What saves that did not end have left on the disk, and the next save removes."""
+    unfinished = [
+        folder for folder in checkpoints.glob(".step_*") if not (folder / COMPLETE).exists()
+    ]
+    files = [file.lstat() for folder in unfinished for file in folder.rglob("*")]
+    return sum(512 * file.st_blocks for file in files)

@@ -41,6 +41,7 @@ class Beat:
         time: when this was written, likewise.
         error: why it failed.
         waits: whether it stands in a collective, waiting for others.
+        is_first_step: whether its process has made no step yet, and may compile.
     """
 
     rank: int
@@ -57,6 +58,7 @@ class Beat:
     time: float
     error: str = ""
     waits: bool = False
+    is_first_step: bool = False
 
     @property
     def name(self) -> str:
@@ -238,6 +240,7 @@ class Heart:
             time=round(clock, 3),
             error=error,
             waits=self.stood() > 2 * self.interval and is_in_collective(),
+            is_first_step=self.is_first_step,
         )
 
     def write(self, error: str = "") -> None:

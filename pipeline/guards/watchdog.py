@@ -96,7 +96,8 @@ class Watchdog:
         beat = one.beat
         if one.is_silent or beat.is_over or beat.rank == self._heart.rank:
             return False
-        return beat.time - beat.since < self._patience(beat.phase)
+        allowed = stalls.patience(self._timeout, beat.phase, is_first_step=beat.is_first_step)
+        return beat.time - beat.since < allowed
 
     def _beats(self) -> list[Beat]:
         heart, folder = self._heart, self._heart.folder

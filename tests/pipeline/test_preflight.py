@@ -45,6 +45,26 @@ def test_a_run_without_room_for_one_checkpoint_is_refused(
     assert preflight.Preflight(lambda: patient).facts[0].problem == ""
 
 
+def test_what_a_killed_save_has_left_is_room_for_the_next(
+    shards_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = plan(tmp_path / "run", shards_dir)
+    used = preflight.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: used)
+    before = preflight._free_bytes(made)
+    for name in (".step_4.partial", "step_2"):
+        folder = made.folder.checkpoints / name
+        folder.mkdir(parents=True)
+        (folder / "rank_00000.safetensors").write_bytes(bytes(1 << 20))
+    after = preflight._free_bytes(made)
+    assert after["cache_dir"] == before["cache_dir"]
+    # A file system may count a block more for itself.
+    assert 1 << 20 <= after["run_dir"] - before["run_dir"] < (1 << 20) + (1 << 16)
+    # One that is whole is restored, and not removed.
+    (made.folder.checkpoints / ".step_4.partial" / "COMPLETE.json").write_text("{}")
+    assert preflight._free_bytes(made) == before
+
+
 def test_a_cache_without_room_for_what_it_may_take_is_refused(
     shards_dir: Path, tmp_path: Path
 ) -> None:

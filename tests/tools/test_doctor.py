@@ -51,6 +51,15 @@ def test_each_state_is_told_apart() -> None:
     ]
 
 
+def test_a_first_step_which_may_compile_is_given_the_watchdogs_time() -> None:
+    beats = [
+        beat(0, time=999, since=200, phase="forward", is_first_step=True),
+        beat(1, time=999, since=200, phase="forward"),
+    ]
+    found = doctor.examine(beats, {0: True, 1: True}, 1000.0, **LIMITS, by_phase=True)
+    assert [each.state for each in found] == ["goes_on", "stands_still"]
+
+
 def test_who_is_behind_is_told_only_where_somebody_is() -> None:
     waits, works = beat(0, step=5, laps=0, since=0, time=9), beat(1, step=4, laps=9)
     done, lives = beat(2, step=4, laps=1, phase="ended"), {0: True, 1: True, 2: False}

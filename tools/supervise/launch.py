@@ -15,10 +15,22 @@ _ENTRIES = ("pretrain.py", "finetune.py")
 # DeepSpeed's other names of the same flags.
 _OTHER = {"hostfile": "-H", "include": "-i", "exclude": "-e", "num_gpus": "--num_accelerators"}
 _SWITCHES = ("force_multi",)
+# The flags that supervision reads or changes.
+_READ = (
+    *("hostfile", "include", "exclude", "num_gpus", "num_accelerators", "num_nodes", "force_multi"),
+    *("master_addr", "master_port", "ssh_port", "no_ssh", "node_rank"),
+)
 
 
 def _names(flag: str) -> tuple[str, ...]:
     return f"--{flag}", *([_OTHER[flag]] if flag in _OTHER else [])
+
+
+def _refuse_short(word: str) -> None:
+    """Raise UserError for what the launcher would take for the beginning of a flag read here."""
+    meant = [flag for flag in _READ if word.startswith("--") and f"--{flag}".startswith(word)]
+    if len(word) > 2 and meant and word.removeprefix("--") not in meant:
+        raise UserError(f"command: {word} is short for --{meant[0]}; write it out")
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,8 @@ class Launch:
                 "deepspeed pipeline/pretrain.py --config run.yaml"
             )
         entry = places[0]
+        for word in words[:entry]:
+            _refuse_short(word.partition("=")[0])
         config = load_with_file(RunConfig, words[entry + 1 :], words[entry])
         return cls(tuple(words), entry, config)
 

@@ -37,6 +37,8 @@ def test_the_run_is_what_the_words_behind_the_entry_say(tmp_path: Path) -> None:
     [
         ([], "starts no run"),
         (["deepspeed", "train.py"], "starts no run"),
+        (["deepspeed", "--hostf=h", "pipeline/pretrain.py"], "--hostf is short for --hostfile; w"),
+        (["deepspeed", "--no_ss", "pipeline/pretrain.py"], "--no_ss is short for --no_ssh; write"),
         (["deepspeed", "pipeline/pretrain.py", "--stps=4"], "did you mean steps?"),
         (["deepspeed", "pipeline/pretrain.py", "--config", "none.yaml"], "give a YAML file"),
     ],
