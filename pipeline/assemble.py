@@ -15,7 +15,7 @@ from pipeline.config import RunConfig
 from pipeline.config_checks import cut
 from pipeline.config_file import program_help
 from pipeline.guards.attempt import Guards, guarded
-from pipeline.options import UserError
+from pipeline.options import Fault, UserError
 from pipeline.plan import (
     Plan,
     Stage,
@@ -195,19 +195,23 @@ def _train(stage: Stage, preflight: Preflight, guards: Guards) -> None:
         attempt=before + 1,
         heart=guards.heart,
     )
-    guards.on_orphaned(trainer.ask_stop)
+    guards.on_orphaned(trainer.leave_as_orphan)
     with contextlib.closing(source) if config.prefetch else contextlib.nullcontext():
         finished = trainer.run()
     if problem := distributed.same_everywhere(folder.write_held() if world.is_main else ""):
         raise UserError(problem)
+    wished = finished or trainer.was_wished()
     if world.is_main:
         if finished:
             folder.finish(trainer.step, trainer.end)
         else:
-            print(f"{config.name}: stopped after step {trainer.step}; the same command goes on")
+            why = "" if wished else ", as a launcher is gone"
+            print(
+                f"{config.name}: stopped after step {trainer.step}{why}; the same command goes on"
+            )
     distributed.stop()
     if not finished:
-        sys.exit(STOPPED)
+        sys.exit(STOPPED if wished else Fault.exit_code)
 
 
 # The exit code of a run that was asked to stop and saved its state: the shell's for SIGINT.

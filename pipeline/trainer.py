@@ -57,7 +57,7 @@ class Trainer:
         self._callbacks = callbacks
         self.beside: dict[str, float] = {}  # seconds spent in each callback, until someone takes it
         self._clock = Stopwatch(world.device)
-        self._stop_asked = False
+        self._stop_asked = self._is_orphan = False
         self._skipped: list[StepRecord] = []  # the last ones, those of this attempt
         self.end = ""  # why the run ended before its last step
 
@@ -133,7 +133,7 @@ class Trainer:
         """Whether any rank was asked to stop; called on all ranks together, now and then."""
         # A long evaluation goes on: it asks this between its batches.
         self.heart.begin(self.heart.phase)
-        return not all_agree(not self._stop_asked)
+        return not all_agree(not self._must_stop)
 
     def epochs(self) -> dict[str, float]:
         """How often each source of data has been gone through."""
@@ -166,6 +166,18 @@ class Trainer:
         # Only a flag: the ranks must agree on the step they stop at.
         self._stop_asked = True
 
+    def leave_as_orphan(self) -> None:
+        """As `ask_stop`, since this rank's launcher is gone: nobody's wish."""
+        self._is_orphan = True
+
+    @property
+    def _must_stop(self) -> bool:
+        return self._stop_asked or self._is_orphan
+
+    def was_wished(self) -> bool:
+        """Whether somebody asked any rank for the stop that was made; a collective."""
+        return not all_agree(not self._stop_asked)
+
     def _train_step(self) -> StepRecord:
         """One global batch. Raises StopRun when a rank was asked to stop and all agreed."""
         started = time.perf_counter()
@@ -175,7 +187,7 @@ class Trainer:
         share = self._read()
         clock.lap("data")
         self.heart.begin("vote")
-        counts = settle(share, stop=self._stop_asked, world=world)
+        counts = settle(share, stop=self._must_stop, world=world)
         assert isinstance(share, Share)
         self.heart.begin("forward")
         rate = Schedule.of(config)(self.step)

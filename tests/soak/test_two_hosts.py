@@ -8,9 +8,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.distributed.entry import flags, losses
+from pipeline.checkpointing.names import list_steps
+from tests.distributed.entry import flags, losses, records
 from tests.distributed.parity import Case
 from tests.distributed.plain_training import plain
 from tests.distributed.test_launch import ROOT, wait_for_step
@@ -175,3 +177,23 @@ def test_under_pdsh_the_watchdog_ends_a_run_whose_cable_is_cut(
     run = tmp_path / "run"
     asked = flags(run, shards_dir, steps=100_000, stall_timeout=8)
     check_cut(pair, [pair.launch_by_pdsh(asked)], run, 8)
+
+
+def test_one_hosts_launcher_killed_is_a_fault_to_the_others_and_no_stop(
+    pair: Pair, shards_dir: Path, tmp_path: Path
+) -> None:
+    """All save and leave, and each host's supervisor may start its own again."""
+    run = tmp_path / "run"
+    first, second = pair.launch_without_ssh(flags(run, shards_dir, steps=100_000))
+    wait_for_step(run, 10, timeout=SECONDS)
+    (launcher,) = (
+        process
+        for process in psutil.Process(second.pid).children(recursive=True)
+        if "deepspeed.launcher.launch" in process.cmdline()
+    )
+    launcher.kill()
+    code, output = finish(first)
+    assert code == 1, output
+    assert "as a launcher is gone; the same command goes on" in output
+    finish(second)
+    assert list_steps(run / "checkpoints") == [len(records(run, "metrics.jsonl"))]
