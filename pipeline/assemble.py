@@ -169,9 +169,9 @@ def _train(stage: Stage, preflight: Preflight, guards: Guards) -> None:
             flush=True,
         )
         now = cut(config, world.size)
-        warning = redrawn(plan.model, state.get("cut", now), now)
-        if warning is not None:
-            print(f"{config.name}: {warning}", flush=True)
+        for warning in (plan.fitted, redrawn(plan.model, state.get("cut", now), now)):
+            if warning:
+                print(f"{config.name}: {warning}", flush=True)
     # By the ledger too: a kill may have come between a rollback and the next checkpoint.
     left_out = folder.discarded_batches(config.global_batch) if world.is_main else None
     at = RunState.of(config, state)

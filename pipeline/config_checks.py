@@ -5,6 +5,7 @@ Each mistake names the field, the value and the remedy.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -136,15 +137,55 @@ def _denoiser_problems(config: RunConfig) -> Iterable[str]:
 def batch_problems(config: RunConfig, world_size: int) -> Iterable[str]:
     """What is wrong with the batch for `world_size` ranks: every world sees the same batches."""
     batch = config.global_batch
-    micro = config.micro_batch or max(1, batch // world_size)
+    micro = micro_batch_size(config, world_size)
     unit = world_size * micro
-    if batch % unit:
-        below, above = batch // unit * unit, (batch // unit + 1) * unit
-        nearest = f"{below} or {above}" if below else str(above)
-        yield (
-            f"global_batch={batch}: does not divide by {world_size} ranks × micro_batch {micro}; "
-            f"give {nearest}"
-        )
+    if batch % unit == 0:
+        return
+    below, above = batch // unit * unit, (batch // unit + 1) * unit
+    other = f"global_batch {below} or {above}" if below else f"global_batch {above}"
+    remedy = f"give {other}"
+    if batch % world_size == 0:
+        remedy = f"give micro_batch {_whole_micro_batch(batch // world_size, micro)}, or {other}"
+    else:
+        counts = " or ".join(str(count) for count in _nearest_divisors(batch, world_size))
+        # What a run that has begun can change: its batches are fixed.
+        remedy += f", or a number of ranks that divides it, such as {counts}"
+    yield (
+        f"global_batch={batch}: does not divide by {world_size} ranks × micro_batch {micro}; "
+        f"{remedy}"
+    )
+
+
+def fit_micro_batch(config: RunConfig, world_size: int) -> tuple[RunConfig, str]:
+    """A run that has begun, for `world_size` ranks, by the command it was started with.
+
+    Its micro_batch may be more than a rank's share then, or not divide it: the largest below that
+    does is taken, which changes no loss and needs less memory.
+
+    Returns:
+        The configuration, and a line on what was changed; "" where nothing was or can be.
+    """
+    share, rest = divmod(config.global_batch, world_size)
+    asked = config.micro_batch
+    if asked is None or rest or share % asked == 0:
+        return config, ""
+    size = _whole_micro_batch(share, asked)
+    return dataclasses.replace(config, micro_batch=size), (
+        f"micro_batch={asked}: does not divide a rank's {share} sequences on {world_size} ranks; "
+        f"it goes on with {size}"
+    )
+
+
+def _whole_micro_batch(share: int, most: int) -> int:
+    """The largest size, at most `most`, that divides a rank's share."""
+    return next(size for size in range(min(most, share), 0, -1) if share % size == 0)
+
+
+def _nearest_divisors(number: int, at: int) -> list[int]:
+    """The divisors of `number` next to `at`, which is none: one below, and one above if any."""
+    below = next(each for each in range(min(at, number), 0, -1) if number % each == 0)
+    above = next((each for each in range(at, number + 1) if number % each == 0), None)
+    return [below] if above is None else [below, above]
 
 
 def micro_batch_size(config: RunConfig, world_size: int) -> int:

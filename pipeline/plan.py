@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from models.config import ModelConfig, named
 from models.flops import parameters
 from pipeline.config import RunConfig
-from pipeline.config_checks import CHANGEABLE, batch_problems
+from pipeline.config_checks import CHANGEABLE, batch_problems, fit_micro_batch
 from pipeline.config_file import load_with_file
 from pipeline.conversion import convert
 from pipeline.data.manifest import Manifest, check_folder, read_manifest
@@ -54,13 +54,23 @@ class Stage:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run whose every setting was checked, before any work."""
+    """A run whose every setting was checked, before any work.
+
+    Attributes:
+        config: as it was told, and fitted to the number of ranks.
+        model: of the run.
+        ds_settings: of its ds_config.
+        folder: of the run.
+        document: config.json.
+        fitted: a line on what was fitted; "" where nothing was.
+    """
 
     config: RunConfig
     model: ModelConfig
     ds_settings: dict[str, Any]
     folder: RunFolder
     document: dict[str, Any]
+    fitted: str = ""
 
 
 def check_run(stage: Stage, argv: Sequence[str]) -> Plan:
@@ -86,7 +96,10 @@ def check_run(stage: Stage, argv: Sequence[str]) -> Plan:
     manifest = attempt(lambda: check_folder(config.data_folder))
     if manifest is not None:
         attempt(lambda: problems.extend(stage.check(config)))
-    problems += batch_problems(config, int(os.environ.get("WORLD_SIZE", "1")))
+    world_size, fitted = int(os.environ.get("WORLD_SIZE", "1")), ""
+    if folder.config_file.exists():
+        config, fitted = fit_micro_batch(config, world_size)
+    problems += batch_problems(config, world_size)
     model = attempt(lambda: resolve_model(config, manifest.tokenizer.vocab_size if manifest else 2))
     if problems or manifest is None or model is None or ds_settings is None:
         raise UserError("; ".join(problems))
@@ -94,7 +107,7 @@ def check_run(stage: Stage, argv: Sequence[str]) -> Plan:
     refuse_other_run(folder, document)
     if not config.restart:
         folder.refuse_lost_checkpoints()
-    return Plan(config, model, ds_settings, folder, document)
+    return Plan(config, model, ds_settings, folder, document, fitted)
 
 
 def inherited_overrides(config: RunConfig) -> dict[str, Any]:

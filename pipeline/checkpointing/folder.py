@@ -85,7 +85,8 @@ def listed_files(path: Path) -> dict[str, str]:
     """File name to sha256, from COMPLETE.json.
 
     Raises:
-        Damaged: it is no such file, or of another step than the folder's.
+        Damaged: it is no such file, or of another step than the folder's, or of another format than
+            state.json is.
         UserError: it is of another format, which is no damage.
         OSError: it could not be read this time.
     """
@@ -95,6 +96,9 @@ def listed_files(path: Path) -> dict[str, str]:
     except (*_ABSENT, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{COMPLETE} is unreadable ({error})") from error
     if form != FORMAT:
+        # One bit of it may have flipped: what another version wrote says so twice.
+        if _state_format(path) != form:
+            raise Damaged(f"{COMPLETE} says format {form} and {STATE} does not")
         raise UserError(
             f"checkpoint={str(path)!r}: it has format {form} and this version of isoflop reads "
             f"{FORMAT}; use the version that wrote it, or move it away"
@@ -104,6 +108,14 @@ def listed_files(path: Path) -> dict[str, str]:
     if STATE not in files or any("/" in name or name.startswith(".") for name in files):
         raise Damaged(f"{COMPLETE} does not list a checkpoint's files")
     return files
+
+
+def _state_format(path: Path) -> Any:
+    """The format that state.json says it has, whatever its hash; None where it says none."""
+    try:
+        return read_state(path).get("format")
+    except (*_ABSENT, ValueError, TypeError):
+        return None
 
 
 def fault(path: Path) -> str | None:
@@ -136,8 +148,10 @@ def cover_fault(path: Path) -> str | None:
     try:
         with Reader(path):
             return None
-    except (Damaged, SafetensorError, KeyError, TypeError) as error:
+    except Damaged as error:
         return str(error)
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        return f"its files are not a checkpoint's ({error})"
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.run_folder import RunFolder
 from tests.distributed.entry import argv, flags, flip_a_bit, losses, records, run_entry, train
 from tests.distributed.harness import run_ranks
 from tools.frontier.run_folder import read_run
@@ -82,15 +83,18 @@ def test_a_stop_in_the_last_evaluation_is_answered_in_it(shards_dir: Path, tmp_p
 
 
 def test_a_run_goes_on_at_another_world_size(shards_dir: Path, tmp_path: Path) -> None:
+    """By the same command: on three ranks a micro-batch of 6 does not divide the share of 4."""
     whole = tmp_path / "whole"
-    run_entry("pretrain", 2, flags(whole, shards_dir, checkpoint_every=2, keep_checkpoints=9))
-    for world_size in (1, 3):
+    changes = {"checkpoint_every": 2, "keep_checkpoints": 9, "micro_batch": 6}
+    run_entry("pretrain", 2, flags(whole, shards_dir, **changes))
+    for world_size, micro_batch in ((1, 6), (3, 4)):
         moved = tmp_path / f"on-{world_size}"
         shutil.copytree(whole, moved)
         for step in (4, 6):
             shutil.rmtree(moved / "checkpoints" / f"step_{step}")
         (moved / "FINISHED").unlink()
-        run_entry("pretrain", world_size, flags(moved, shards_dir, checkpoint_every=2))
+        run_entry("pretrain", world_size, flags(moved, shards_dir, **changes))
+        assert RunFolder(moved).read_config()["run"]["micro_batch"] == micro_batch
         attempts = [r for r in records(moved, "metrics.jsonl") if r["attempt"] == 2]
         assert [r["step"] for r in attempts] == [3, 4, 5, 6]
         assert losses(moved) == pytest.approx(losses(whole), rel=1e-5)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import RunConfig
-from pipeline.config_checks import batch_problems
+from pipeline.config_checks import batch_problems, fit_micro_batch
 from pipeline.config_file import load_with_file
 from pipeline.optim.recipe import deepspeed_problems
 from pipeline.optim.schedule import Schedule
@@ -113,19 +115,58 @@ def test_a_wsd_run_may_be_a_warm_up_a_step_at_the_peak_and_a_decay() -> None:
 def test_a_batch_is_refused_exactly_when_it_does_not_divide(
     batch: int, world_size: int, micro_batch: int
 ) -> None:
-    config = load_flags(global_batch=batch, micro_batch=micro_batch)
-    problems = list(batch_problems(config, world_size))
+    told = dataclasses.replace(load_flags(), global_batch=batch, micro_batch=micro_batch)
+
+    def refused(ranks: int = world_size, **changes: int) -> list[str]:
+        return list(batch_problems(dataclasses.replace(told, **changes), ranks))
+
+    problems = refused()
     assert bool(problems) == bool(batch % (world_size * micro_batch))
-    if problems:
-        # Each batch it proposes would be accepted, and they are the nearest.
-        text = problems[0].rpartition("give ")[2]
-        for proposed in map(int, text.split(" or ")):
-            assert abs(proposed - batch) < world_size * micro_batch
-            assert not list(
-                batch_problems(
-                    load_flags(global_batch=proposed, micro_batch=micro_batch), world_size
-                )
-            )
+    if not problems:
+        return
+    (text,) = problems
+    # Each remedy would be accepted, and it is the nearest.
+    for proposed in named_numbers(r"global_batch (\d+)(?: or (\d+))?", text):
+        assert abs(proposed - batch) < world_size * micro_batch
+        assert not refused(global_batch=proposed)
+    smaller = named_numbers(r"give micro_batch (\d+)", text)
+    assert bool(smaller) == (batch % world_size == 0)
+    for size in smaller:
+        assert not refused(micro_batch=size)
+        assert all(refused(micro_batch=other) for other in range(size + 1, micro_batch))
+    counts = named_numbers(r"such as (\d+)(?: or (\d+))?", text)
+    assert bool(counts) == (batch % world_size != 0)
+    for count in counts:
+        between = range(min(count, world_size) + 1, max(count, world_size))
+        assert not refused(count, micro_batch=1)
+        assert all(refused(other, micro_batch=1) for other in between)
+
+
+def named_numbers(pattern: str, text: str) -> list[int]:
+    """The numbers that `text` names where `pattern` matches."""
+    found = re.search(pattern, text)
+    return [int(number) for number in found.groups() if number] if found else []
+
+
+@given(st.integers(1, 512), st.integers(1, 16), st.none() | st.integers(1, 16))
+def test_a_run_that_has_begun_is_cut_finer_where_its_micro_batch_does_not_divide(
+    batch: int, world_size: int, micro_batch: int | None
+) -> None:
+    told = dataclasses.replace(load_flags(), global_batch=batch, micro_batch=micro_batch)
+    fitted, said = fit_micro_batch(told, world_size)
+    before, after = (list(batch_problems(each, world_size)) for each in (told, fitted))
+    if batch % world_size or not before:
+        assert (fitted, said, after) == (told, "", before)
+        return
+    assert not after
+    size = fitted.micro_batch
+    assert micro_batch is not None
+    assert size is not None
+    assert size < micro_batch
+    assert all(batch % (world_size * other) for other in range(size + 1, micro_batch + 1))
+    assert fitted == dataclasses.replace(told, micro_batch=size)
+    assert f"micro_batch={micro_batch}:" in said
+    assert said.endswith(f"it goes on with {size}")
 
 
 @pytest.mark.parametrize(

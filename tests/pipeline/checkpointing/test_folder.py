@@ -34,7 +34,8 @@ def make(path: Path, cuts: list[list[tuple[int, int]]], **changes: object) -> Pa
         name = folder.part_name(rank)
         files[name] = write_tensors(path / name, specs, pieces.values()).sha256
     index = folder.tensor_index((k, t.dtype, tuple(t.shape)) for k, t in WHOLE.items())
-    (path / folder.STATE).write_text(json.dumps({"step": 4, "tensors": index, **changes}))
+    document = {"format": folder.FORMAT, "step": 4, "tensors": index, **changes}
+    (path / folder.STATE).write_text(json.dumps(document))
     files[folder.STATE] = folder.sha256_of(path / folder.STATE)
     (path / folder.COMPLETE).write_text(folder.completed_document(4, files))
     return path
@@ -90,6 +91,18 @@ def edit(change: Callable[[dict[str, object]], object]) -> Callable[[Path], obje
     return harm
 
 
+def write_state(text: str) -> Callable[[Path], object]:
+    """Harm state.json, and list it as if it had been written so."""
+
+    def harm(path: Path) -> None:
+        (path / folder.STATE).write_text(text)
+        edit(lambda d: d["sha256"].update({folder.STATE: folder.sha256_of(path / folder.STATE)}))(  # type: ignore[attr-defined]
+            path
+        )
+
+    return harm
+
+
 PART = folder.part_name(1)
 HARMS: list[tuple[Callable[[Path], object], str]] = [
     (flip(PART), f"{PART} is not as it was written"),
@@ -103,6 +116,11 @@ HARMS: list[tuple[Callable[[Path], object], str]] = [
     (edit(lambda d: d.update(sha256={})), "does not list a checkpoint's files"),
     (edit(lambda d: d["sha256"].pop(PART)), "does not hold master/a whole"),
     (edit(lambda d: d["sha256"].update({"../x": ""})), "does not list a checkpoint's files"),
+    # One bit of it; state.json knows better.
+    (edit(lambda d: d.update(format=folder.FORMAT ^ 1)), "COMPLETE.json says format 3"),
+    (write_state('{"step": 4, "tens'), "Unterminated string"),
+    (write_state("[]"), "tensors"),
+    (write_state('{"tensors": []}'), "has no attribute 'items'"),
 ]
 
 
@@ -127,9 +145,10 @@ def test_what_cannot_be_judged_is_not_called_damaged(
         patch.setattr(folder, "sha256_of", fail)
         with pytest.raises(OSError, match="Input/output error"):
             folder.fault(path)
-    edit(lambda d: d.update(format=1))(path)
+    other = make(tmp_path / "other" / "step_4", [[(0, 10)]], format=1)
+    edit(lambda d: d.update(format=1))(other)
     with pytest.raises(UserError, match="it has format 1 and this version of isoflop reads 2"):
-        folder.fault(path)
+        folder.fault(other)
 
 
 def test_what_a_kill_left_under_a_hidden_name_is_found_where_no_other_is(tmp_path: Path) -> None:
