@@ -22,6 +22,7 @@ from pipeline.config_checks import CHANGEABLE, batch_problems, fit_micro_batch
 from pipeline.config_file import load_with_file
 from pipeline.conversion import convert
 from pipeline.data.manifest import Manifest, check_folder, read_manifest
+from pipeline.data.run_order import order_version, refuse_other_order
 from pipeline.deepspeed_file import read_deepspeed_file, run_problems
 from pipeline.optim import recipe
 from pipeline.options import UserError
@@ -171,6 +172,7 @@ def describe(
             "path": config.data,
             "fingerprint": manifest.fingerprint,
             "tokenizer_sha256": manifest.tokenizer.sha256,
+            "order": order_version(config, manifest),
         },
         "versions": recorded_versions(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
@@ -249,6 +251,9 @@ def refuse_other_identity(
                         f"{section}={new['path']!r}: not what {owner} was started on ({key} "
                         "differs); give the same data, or another run_dir"
                     )
+    if "data" in document:
+        known, made = (run.get("data", {}).get("order") for run in (before, document))
+        refuse_other_order(known, made, owner)
     # Last: what a run says moves these, and so do its data. Otherwise a shape's default is another.
     resolved = json.loads(json.dumps(document.get("model", {})))
     for key, value in resolved.items():

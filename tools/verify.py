@@ -89,6 +89,7 @@ def run_config(document: dict[str, Any], options: Options) -> RunConfig:
     """
     from pipeline.config import RunConfig
     from pipeline.data.manifest import check_folder
+    from pipeline.data.run_order import order_version, refuse_other_order
     from pipeline.options import load
 
     config = load(RunConfig, document["run"], source="config.json")
@@ -100,11 +101,15 @@ def run_config(document: dict[str, Any], options: Options) -> RunConfig:
             continue
         config = dataclasses.replace(config, **{key: moved or getattr(config, key)})
         recorded = document.get(key, {}).get("fingerprint")
-        if check_folder(getattr(config, f"{key}_folder")).fingerprint != recorded:
+        manifest = check_folder(getattr(config, f"{key}_folder"))
+        if manifest.fingerprint != recorded:
             raise UserError(
                 f"{key}={getattr(config, key)!r}: not what the run was trained on (its fingerprint "
                 f"differs); give that with --{key} DIR"
             )
+        if key == "data":
+            made = order_version(config, manifest)
+            refuse_other_order(document["data"].get("order"), made, f"the run in {options.run}")
     return config
 
 

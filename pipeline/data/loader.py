@@ -19,7 +19,8 @@ from pipeline.options import UserError
 
 __all__ = ["SampleBatch", "SequenceStore", "TrainingOrder"]
 
-_PLANNED_AT_ONCE = 8192  # sequences whose order is worked out together, which vectorises
+_PLANNED_FIRST = 512  # sequences whose order is worked out for the first batch
+_PLANNED_AT_ONCE = 8192  # and for those that follow, together, which vectorises
 _READ_AHEAD = 256  # sequences that the kernel is asked for before they are read
 _LOOK_BATCHES = 16  # batches after which it is looked which shards of a URL come next
 _PIECE = 1 << 16  # bytes asked for together where a window fits in memory
@@ -49,7 +50,8 @@ class TrainingOrder:
         store: the sequences.
         seed: keys the order.
         shuffle_window: shards a window, or "all" for a uniform order over each epoch.
-        weights: source to weight; by default each source's own number of sequences.
+        weights: source to weight; by default natural proportions, exactly: after a pass over all
+            sequences each was seen once.
         weight_stages: position to the weights that hold from there on, in place of `weights`.
 
     Raises:
@@ -65,16 +67,16 @@ class TrainingOrder:
         weight_stages: Mapping[int, Mapping[str, float]] | None = None,
     ) -> None:
         self.store = store
-        stages: dict[int, Mapping[str, float]] = dict(weight_stages or {})
-        stages[0] = store.num_sequences if weights is None else weights
-        unknown = sorted({name for stage in stages.values() for name in stage} - set(store.sources))
+        stages: dict[int, Mapping[str, float] | None] = {**(weight_stages or {}), 0: weights}
+        named = {name for stage in stages.values() for name in stage or ()}
+        unknown = sorted(named - set(store.sources))
         if unknown:
             raise UserError(
                 f"weights={unknown[0]!r}: no such source in {store.folder}; it has "
                 f"{', '.join(store.sources)}"
             )
         try:
-            self.mixture = StagedMixture(stages)
+            self.mixture = StagedMixture(stages, store.num_sequences)
             self._orders = [
                 WindowedOrder(
                     store.shard_sequences(name), derive_key(seed, *name.encode()), shuffle_window
@@ -134,7 +136,8 @@ class TrainingOrder:
         """
         row = self._planned.first_rows.get((start, count))
         if row is None:
-            self._planned = self._plan(start, count, stride or count)
+            together = _PLANNED_AT_ONCE if self._planned.first_rows else _PLANNED_FIRST
+            self._planned = self._plan(start, count, stride or count, together)
             row = 0
         if self._fetcher is not None and stride is not None:
             look = start // (stride * _LOOK_BATCHES)
@@ -161,9 +164,9 @@ class TrainingOrder:
             ahead += [shards[i] for i in order.shards_ahead(*divmod(counts[name], len(order)))]
         return ahead
 
-    def _plan(self, start: int, count: int, stride: int) -> _Planned:
-        """Work out this batch and those after it."""
-        batches = max(1, _PLANNED_AT_ONCE // count)
+    def _plan(self, start: int, count: int, stride: int, together: int) -> _Planned:
+        """Work out this batch and those after it, about `together` sequences."""
+        batches = max(1, together // count)
         starts = start + np.arange(batches) * stride
         source, _, index = self.locate((starts[:, None] + np.arange(count)).reshape(-1))
         numbers = self._first_numbers[source] + index

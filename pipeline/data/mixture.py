@@ -8,6 +8,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from pipeline.data.natural import NaturalMixture
+
 PERIOD = 1 << 16
 
 
@@ -103,20 +105,30 @@ class StagedMixture:
     """Weights that change at given positions; each source's stream goes on where it was.
 
     Args:
-        stages: position to the weights that hold from there on; one begins at 0.
+        stages: position to the weights that hold from there on; one begins at 0. None: natural
+            proportions.
+        natural: source to its number of samples; needed where a stage is None.
 
     Attributes:
         sources: every name in any stage, sorted; results refer to them by index.
     """
 
-    def __init__(self, stages: Mapping[int, Mapping[str, float]]) -> None:
+    def __init__(
+        self,
+        stages: Mapping[int, Mapping[str, float] | None],
+        natural: Mapping[str, int] | None = None,
+    ) -> None:
         self._begins = np.array(sorted(stages), np.int64)
         if not len(self._begins) or self._begins[0] != 0:
             raise ValueError("weights: the first stage begins at sample 0")
-        self.sources = tuple(sorted({name for weights in stages.values() for name in weights}))
-        self._mixtures = [
-            Mixture({name: stages[int(begin)].get(name, 0.0) for name in self.sources})
-            for begin in self._begins
+        described = [(stages[begin], natural or {}) for begin in self._begins.tolist()]
+        named = [counts if weights is None else weights for weights, counts in described]
+        self.sources = tuple(sorted({name for names in named for name in names}))
+        self._mixtures: list[Mixture | NaturalMixture] = [
+            NaturalMixture({name: counts.get(name, 0) for name in self.sources})
+            if weights is None
+            else Mixture({name: weights.get(name, 0.0) for name in self.sources})
+            for weights, counts in described
         ]
         # Samples of each source before each stage, [stages, sources].
         before = [dict.fromkeys(self.sources, 0)]

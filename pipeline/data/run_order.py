@@ -15,8 +15,31 @@ import xxhash
 from pipeline.config import RunConfig
 from pipeline.data.flan import FlanStore
 from pipeline.data.loader import TrainingOrder
+from pipeline.data.manifest import Manifest
 from pipeline.data.order import Permutation, derive_key
 from pipeline.data.sequences import SequenceStore
+from pipeline.options import UserError
+
+_NATURAL_ORDER = 2  # 1 was of weights in units of 1/65536, which repeated small sources
+
+
+def order_version(config: RunConfig, manifest: Manifest) -> int | None:
+    """Tells the run's order from those that other versions make of the same settings.
+
+    None where all versions make the same: of given weights, one source, or instruction rows.
+    """
+    if config.weights or config.flan is not None or len(manifest.sources("train")) < 2:
+        return None
+    return _NATURAL_ORDER
+
+
+def refuse_other_order(known: int | None, version: int | None, owner: str) -> None:
+    """Raise UserError where `owner` reads its sources in an order that this version cannot make."""
+    if known != version:
+        raise UserError(
+            f"weights={{}}: {owner} reads natural proportions in order {known or 1}, this version "
+            f"makes order {version}; go on with the version that began it, or start another run_dir"
+        )
 
 
 def pretraining_order(config: RunConfig) -> TrainingOrder:

@@ -77,6 +77,28 @@ def test_a_shape_whose_default_changed_is_another_run(shards_dir: Path) -> None:
     refuse_other_identity(old, document, "checkpoint c")
 
 
+def test_a_run_whose_order_this_version_cannot_make_is_refused(shards_dir: Path) -> None:
+    manifest = read_manifest(str(shards_dir))
+    assert len(manifest.sources("train")) > 1
+
+    def document(**changed: object) -> dict:
+        config = dataclasses.replace(run_config(Case(), shards_dir, 2), **changed)
+        model = resolve_model(config, manifest.tokenizer.vocab_size)
+        return describe(STAGE, config, model, manifest)
+
+    def earlier(made: dict) -> dict:
+        data = {key: value for key, value in made["data"].items() if key != "order"}
+        return {**identity(made), "data": data}
+
+    natural = document()
+    refuse_other_identity(identity(natural), natural, "checkpoint c")
+    with pytest.raises(UserError, match=r"weights=\{\}: checkpoint c reads .* order 1, .* order 2"):
+        refuse_other_identity(earlier(natural), natural, "checkpoint c")
+    # Given weights come in the order in which they always came.
+    weighted = document(weights={"github": 1.0})
+    refuse_other_identity(earlier(weighted), weighted, "checkpoint c")
+
+
 def test_random_draws_that_another_cut_changes_are_told() -> None:
     config = run_config(Case(), Path(), 2)
     plain = resolve_model(config, 64)

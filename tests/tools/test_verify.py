@@ -192,6 +192,15 @@ def test_a_share_of_the_steps_still_looks_for_gaps_in_all(pretrained: Path, tmp_
     assert "step 3 missing" in out
 
 
+def test_a_run_of_another_version_s_order_is_refused(pretrained: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(pretrained, tmp_path / "run"))
+    document = json.loads((run / "config.json").read_text())
+    assert document["data"].pop("order") == 2
+    (run / "config.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match="natural proportions in order 1, this version makes"):
+        verify(run)
+
+
 def test_other_or_corrupt_data_is_told(pretrained: Path, shards_dir: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(shards_dir, moved)
