@@ -18,6 +18,7 @@ from torch import nn
 from pipeline.config import RunConfig
 from pipeline.config_checks import micro_batch_size
 from pipeline.deepspeed_file import offloads, zero_stage
+from pipeline.optim.before_muon import look_before_muon
 from pipeline.optim.muon import muon_settings
 
 
@@ -73,8 +74,8 @@ def build_engine(
         _guard(optimizer, config.grad_clip)
     settings = deepspeed_settings(config, file_settings, dist.get_world_size())
     engine = start_engine(model, optimizer, settings)
-    if config.optimizer == "muon" and zero_stage(file_settings) == 3:
-        _look_before_muon(engine.optimizer)
+    if config.optimizer == "muon" and zero_stage(file_settings):
+        look_before_muon(engine, config.grad_clip)
     return engine
 
 
@@ -124,24 +125,6 @@ def _guard(optimizer: torch.optim.Optimizer, grad_clip: float) -> None:
         plain_step()
 
     optimizer.step = step  # type: ignore[method-assign,assignment]
-
-
-def _look_before_muon(zero: Any) -> None:
-    """Have stage 3's optimizer skip a step that is not finite before Muon's momentum takes it in.
-
-    DeepSpeed 0.19.8 looks at the gradients themselves in fp16 alone; else at the norm of Muon's
-    updates, when the momentum of every matrix has already moved.
-    """
-    begin = zero._overflow_check_and_loss_scale_update
-
-    def look(update_scale: bool = True) -> bool:
-        begin(update_scale=False)
-        zero.check_overflow()
-        return bool(
-            zero._loss_scale_update_and_overflow_cleanup() if update_scale else zero.overflow
-        )
-
-    zero._overflow_check_and_loss_scale_update = look
 
 
 def _gradients(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:

@@ -42,7 +42,7 @@ def differences(
     found = {}
     for (name, case), curve in zip(cases, curves, strict=True):
         expected = plain(case, shards, steps, RECIPES[name].make)
-        norm = 0.0 if name == "muon" else largest_difference(norms(curve), norms(expected))
+        norm = largest_difference(norms(curve), norms(expected))
         found[str(case)] = (largest_difference(losses(curve), losses(expected)), norm)
     return found
 

@@ -77,6 +77,7 @@ POISONED = [
         for stage in (1, 2, 3)
         for precision in ("fp32", "bf16")
     ),
+    *(Case(stage=stage, optimizer="muon", offload="optimizer") for stage in (2, 3)),
 ]
 
 
