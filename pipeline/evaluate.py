@@ -17,8 +17,9 @@ from pipeline.config import RunConfig
 from pipeline.config_file import load_with_file
 from pipeline.data.manifest import check_folder
 from pipeline.deepspeed_file import read_deepspeed_file
-from pipeline.options import UserError, help_text, load, option, run_as_program
+from pipeline.options import UserError, help_text, load, option
 from pipeline.plan import Stage, resolve_model
+from pipeline.program import run_as_program
 from pipeline.run_folder import RunFolder
 
 PROGRAM = "pipeline/evaluate.py"

@@ -15,8 +15,9 @@ from models.registry import ARCHITECTURES, architecture
 from pipeline.assemble import run_stage
 from pipeline.config import RunConfig
 from pipeline.data.manifest import check_folder
-from pipeline.options import UserError, run_as_program
+from pipeline.options import UserError
 from pipeline.plan import Stage, row_length_problems
+from pipeline.program import run_as_program
 from pipeline.run_folder import RunFolder
 
 

@@ -13,10 +13,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-import os
 import sys
 import textwrap
-import time
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,8 +24,6 @@ from pipeline.conversion import convert, is_mapping
 
 T = TypeVar("T")
 _REQUIRED = dataclasses.MISSING
-OTHER_RANKS_WAIT = 10.0  # seconds; a launcher ends the ranks that are left after about one
-AGREED_WAIT = 1.0  # seconds, in which rank 0 tells what all ranks know
 PLACES = ("DIR", "FILE", "GLOB")
 
 
@@ -265,33 +261,3 @@ def _metavar(field: dataclasses.Field[Any], hints: Mapping[str, Any]) -> str:
     if is_mapping(hint):
         return "NAME=VALUE,…"
     return {int: "N", float: "X", bool: "true|false"}.get(hint, "TEXT")
-
-
-def run_as_program(main: Callable[[], None]) -> None:
-    """Run `main`; a user's mistake becomes one line on stderr and exit code 2.
-
-    Under a launcher most mistakes are found by every rank and one of them, rank 0, tells them.
-    Another speaks only when it is still there a while later: what it found, it alone has found.
-    """
-    rank = os.environ.get("RANK", "0")
-    try:
-        main()
-    except AgreedError as error:
-        if rank == "0":
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        else:
-            # A launcher ends its other ranks when one has ended: rank 0 speaks first.
-            time.sleep(AGREED_WAIT)
-        sys.exit(error.exit_code)
-    except UserError as error:
-        if rank != str(error.told_by):
-            time.sleep(OTHER_RANKS_WAIT)
-        speaker = "" if rank == "0" else f"rank {rank}: "
-        print(f"{speaker}error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(141)

@@ -13,8 +13,9 @@ if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().p
 
 from pipeline.assemble import run_stage
 from pipeline.config import RunConfig
-from pipeline.options import UserError, run_as_program
+from pipeline.options import UserError
 from pipeline.plan import Stage
+from pipeline.program import run_as_program
 
 
 def check(config: RunConfig) -> Iterable[str]:

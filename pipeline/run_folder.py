@@ -249,9 +249,14 @@ class RunFolder:
                 f"run_dir={str(self.path)!r}: process {handle.read().strip() or '?'} is "
                 "working on it; wait for it or stop it"
             )
-        handle.truncate(0)
-        handle.write(f"{os.getpid()} on {socket.gethostname()}\n")
-        handle.flush()
+        try:
+            handle.truncate(0)
+            handle.write(f"{os.getpid()} on {socket.gethostname()}\n")
+            handle.flush()
+        except OSError as error:
+            raise UserError(
+                f"run_dir={str(self.path)!r}: {error.strerror}; make room there or give another"
+            ) from error
         _HELD_LOCKS.append(handle)
 
     def finish(self, step: int, why: str = "") -> None:

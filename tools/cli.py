@@ -6,7 +6,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from pipeline.options import UserError, parse_command_line, run_as_program
+from pipeline.options import UserError, parse_command_line
+from pipeline.program import run_as_program
 
 # Each module offers `Options`, a frozen dataclass, and `run(options)`.
 COMMANDS: dict[str, tuple[str, str]] = {

@@ -53,14 +53,7 @@ class Guards:
         from pipeline.distributed import same_everywhere
 
         self.heart.begin("start")
-        launch, folder = same_everywhere(f"{time.time():.6f}"), self._folder.heartbeats
-        try:
-            self.heart.beat_into(folder, launch)
-        except OSError as error:
-            raise Fault(
-                f"{folder}: cannot be made ({error.strerror}); make room or give another run_dir",
-                told_by=self.heart.rank,
-            ) from error
+        self.heart.beat_into(self._folder.heartbeats, same_everywhere(f"{time.time():.6f}"))
 
     def on_orphaned(self, vote: Callable[[], None]) -> None:
         """From now on there is something to save: `vote` for it when the launcher is gone."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from pipeline.guards.heartbeat import FAILED, Beat, Heart, is_alive, read_beats
 from pipeline.options import Fault, UserError
+from pipeline.program import no_room
 
 # What gloo, NCCL and the store say where the process at the other end is gone or does not answer.
 _BROKEN = (
@@ -28,6 +29,12 @@ _BROKEN = (
 GO_ON = "the same command goes on from the last checkpoint"
 
 
+class NoRoom(Fault):
+    """A disk that takes no more: somebody must make room first."""
+
+    exit_code = UserError.exit_code
+
+
 def cause_of(
     error: Exception, heart: Heart, name_lost: Callable[[], tuple[str, int]] = lambda: ("", 0)
 ) -> UserError | None:
@@ -35,6 +42,8 @@ def cause_of(
 
     `name_lost` says in a line which ranks no longer answer over the network, or "", and who tells.
     """
+    if isinstance(error, OSError) and (told := no_room(error)):
+        return NoRoom(f"{told}, and {GO_ON}", told_by=heart.rank)
     text = str(error).lower()
     if isinstance(error, RuntimeError) and any(words in text for words in _BROKEN):
         return _lost(heart) or _cut_off(*name_lost(), error) or _unconnected(text)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.atomic import write_atomically
-from pipeline.options import UserError, option, parse_command_line, run_as_program
+from pipeline.options import UserError, option, parse_command_line
+from pipeline.program import run_as_program
 from tests.benchmarks.catalogue import ABSENT_PEERS, ALL
 from tests.benchmarks.measure import NotRun, UnequalWork, measure
 from tests.benchmarks.report import FORMAT, as_record, machine, table

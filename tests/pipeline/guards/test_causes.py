@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from pipeline.guards.causes import cause_of
@@ -37,6 +39,15 @@ def test_where_all_answer_the_traceback_says_more_but_of_a_network_between_them(
     known = cause_of(mesh, Heart(), lambda: ("", 0))
     assert known is not None
     assert "gloo cannot connect them with each other (GLOO_SOCKET_IFNAME=" in str(known)
+
+
+@pytest.mark.parametrize(("number", "is_known"), [(28, True), (30, True), (122, True), (13, False)])
+def test_a_full_disk_is_one_line_that_names_the_file(number: int, is_known: bool) -> None:
+    known = cause_of(OSError(number, os.strerror(number), "/runs/a/preflight.json"), Heart(rank=3))
+    assert (known is not None) == is_known
+    if known is not None:
+        assert (known.exit_code, known.told_by) == (2, 3)
+        assert f"preflight.json: cannot be written ({os.strerror(number)}); make" in str(known)
 
 
 def test_an_error_that_no_other_rank_makes_is_left_alone() -> None:
