@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -155,9 +156,15 @@ def _column(output: Path, task: int, count: int, column: int) -> np.ndarray:
     return np.memmap(hashes_path(output, task), dtype, "r", column * 8 * count, (count,))
 
 
+@lru_cache(maxsize=2)
+def _drops(path: Path, written: int) -> Drops:
+    """Kept: the index tells of all tasks, and is asked for each of them."""
+    return Drops(path)
+
+
 def read_drops(path: Path, task: int) -> np.ndarray:
     """The drops of one task. Raises UserError when they are absent or damaged."""
     try:
-        return Drops(path).of(task)
+        return _drops(path, _index_path(path).stat().st_mtime_ns).of(task)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"output: {error}; remove {path} and give the same command again") from None

@@ -22,8 +22,8 @@ from datatrove.executor.local import LocalPipelineExecutor
 from loguru import logger
 
 from pipeline.options import UserError
-from tools.corpus_records import Running
-from tools.corpus_step import TaskStep, forget_earlier_runs
+from tools.corpus_records import Running, running_folder
+from tools.corpus_step import TaskStep
 
 _ORPHAN_SECONDS = 10.0
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -52,7 +52,7 @@ def run_locally(step: TaskStep, workers: int, watch: Callable[[], None]) -> None
     """
     output = step.output
     _wait_for_orphans(output)
-    forget_earlier_runs(output)
+    step.prepare()
     logger.disable("datatrove")
     with tempfile.TemporaryDirectory(prefix="isoflop-tokenize-") as logs:
         executor = _QuietExecutor(
@@ -72,7 +72,7 @@ def _wait_for_orphans(output: Path) -> None:
     """Let the workers of a killed command notice that it is gone; they look once a second."""
     deadline = time.monotonic() + _ORPHAN_SECONDS
     while time.monotonic() < deadline:
-        if all(map(_orphaned, output.glob("tasks/*.running"))):
+        if all(map(_orphaned, running_folder(output).glob("*.running"))):
             return
         time.sleep(0.05)
 
@@ -146,7 +146,8 @@ class _Watch:
         suspects: set[str] = set()
         while not self._stop.wait(_WATCH_SECONDS):
             self._watch()
-            gone = {path.name for path in self._output.glob("tasks/*.running") if _orphaned(path)}
+            running = running_folder(self._output).glob("*.running")
+            gone = {path.name for path in running if _orphaned(path)}
             # Seen twice, so that a worker that is just about to tidy up is not taken for dead.
             if gone & suspects and self._in_main and not self._stop.is_set():
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)

@@ -15,7 +15,7 @@ from pathlib import Path
 from loguru import logger
 
 from pipeline.options import UserError
-from tools.corpus_step import TaskStep, forget_earlier_runs
+from tools.corpus_step import TaskStep
 
 _WATCH_SECONDS = 0.5
 
@@ -37,7 +37,7 @@ def run_on_ray(step: TaskStep, workers: int, address: str, watch: Callable[[], N
         ) from None
     from datatrove.executor.ray import RayPipelineExecutor
 
-    forget_earlier_runs(step.output)
+    step.prepare()
     logger.disable("datatrove")
     folder = step.output.resolve() / "tasks" / "ray"
     shutil.rmtree(folder, ignore_errors=True)

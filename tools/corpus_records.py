@@ -95,9 +95,19 @@ def rejects_path(output: Path, task: int) -> Path:
     return output / "tasks" / f"{task:06d}.rejects.jsonl"
 
 
+def running_folder(output: Path) -> Path:
+    """What tells of tasks that run or have just ended; whoever looks there sees no others."""
+    return output / "tasks" / "running"
+
+
 def running_path(output: Path, task: int) -> Path:
     """What a task tells of itself while it runs."""
-    return output / "tasks" / f"{task:06d}.running"
+    return running_folder(output) / f"{task:06d}.running"
+
+
+def ended_path(output: Path, task: int) -> Path:
+    """What becomes of `running_path` when the task has ended, well or not."""
+    return running_folder(output) / f"{task:06d}.ended"
 
 
 def failed_path(output: Path, task: int) -> Path:
@@ -173,6 +183,7 @@ class Running:
     def tell(self, path: Path) -> None:
         """Write it; a reader sees all of it or what was there before."""
         partial = path.with_name(f".{path.name}.{self.host}.{self.process}.partial")
+        path.parent.mkdir(exist_ok=True)
         partial.write_text(json.dumps(dataclasses.asdict(self)))
         os.replace(partial, path)
 

@@ -23,7 +23,7 @@ from loguru import logger
 
 from pipeline.atomic import write_atomically
 from pipeline.options import UserError
-from tools.corpus_step import Detached, TaskStep, forget_earlier_runs
+from tools.corpus_step import Detached, TaskStep
 
 JOB_NAME = "isoflop-tokenize"
 _ARRAY_SIZE = 1000  # Slurm's own limit is 1001 unless its MaxArraySize says otherwise
@@ -73,7 +73,7 @@ def run_on_slurm(
         Detached: the jobs are submitted, and `detach` was asked for.
     """
     check_slurm()
-    forget_earlier_runs(step.output)
+    step.prepare()
     logger.disable("datatrove")
     # Slurm's own words for what datatrove would set come last, and so win.
     arguments = {**_DEFAULTS, **sbatch}

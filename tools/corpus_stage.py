@@ -8,7 +8,13 @@ from pathlib import Path
 
 from tools.corpus_plan import Settings, Task
 from tools.corpus_progress import Progress
-from tools.corpus_records import Running, read_done, record_path, running_path
+from tools.corpus_records import (
+    Running,
+    failed_path,
+    read_done,
+    record_path,
+    running_folder,
+)
 from tools.corpus_step import TaskStep, Work, failure
 from tools.corpus_tasks import run_task
 
@@ -94,18 +100,25 @@ class _Watcher:
         self.progress = Progress(stage.label, sum(sizes.values()), self.done)
 
     def __call__(self) -> None:
-        here = {path.name for path in (self.output / "tasks").iterdir()}
-        for task in [t for t in self.waiting if self.stage.mark(self.output, t).name in here]:
-            if (found := self.stage.done(self.output, task)) is not None:
-                self.waiting.remove(task)
-                self.done += self.sizes[task]
-                self.tokens += found[0]
-                self.rejects += found[1]
-        done, tokens, rejects = self.done, self.tokens, self.rejects
-        for task in self.waiting:
-            path = running_path(self.output, task)
-            if path.name in here and (told := Running.read(path)) is not None:
+        done, tokens, rejects = 0, 0, 0
+        for path in running_folder(self.output).glob("[0-9]*"):
+            task = int(path.stem)
+            if path.suffix == ".ended":
+                self._end(task, path)
+            elif task in self.waiting and (told := Running.read(path)) is not None:
                 done += min(told.stored_bytes, self.sizes[task])
                 tokens += told.tokens
                 rejects += told.rejects
+        done, tokens, rejects = done + self.done, tokens + self.tokens, rejects + self.rejects
         self.progress.show(done, tokens, rejects, len(self.waiting))
+
+    def _end(self, task: int, ended: Path) -> None:
+        found = self.stage.done(self.output, task) if task in self.waiting else None
+        if found is not None:
+            self.waiting.remove(task)
+            self.done += self.sizes[task]
+            self.tokens += found[0]
+            self.rejects += found[1]
+        elif task in self.waiting and not failed_path(self.output, task).exists():
+            return  # what a node wrote last may be seen first
+        ended.unlink(missing_ok=True)

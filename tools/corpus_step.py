@@ -6,17 +6,32 @@ reason, and what is done is told by our own records alone.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from datatrove.pipeline.base import PipelineStep
+import xxhash
 from loguru import logger
 
+from pipeline.atomic import write_atomically
 from pipeline.options import UserError
 from tools.corpus_plan import Settings, Task
-from tools.corpus_records import Running, failed_path, running_path, unwritable
+from tools.corpus_records import (
+    Running,
+    ended_path,
+    failed_path,
+    running_folder,
+    running_path,
+    unwritable,
+)
 
 Work = Callable[..., object]
 Mark = Callable[[Path, int], Path]
@@ -29,8 +44,11 @@ class Detached(Exception):
 class TaskStep(PipelineStep):
     """A datatrove step that does `work(task, settings, output, in_worker=…)` for its rank.
 
+    Executors send their step anew, or copy it, for each of what may be sixty thousand tasks: what
+    goes along is the path of a list that they read from, once a process.
+
     Attributes:
-        tasks: those to run; rank r runs the r-th of them.
+        tasks: those to run; rank r runs the r-th of them. Known to the command alone.
         output: the shard folder.
         mark: the file that says that a task is done.
     """
@@ -45,14 +63,32 @@ class TaskStep(PipelineStep):
         self.mark = mark
         self.work, self.tasks, self.settings, self.output = work, list(tasks), settings, output
         self.command = Running.here()
+        self.listed: Path | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "tasks": None}
+
+    def prepare(self) -> None:
+        """Put the list where workers read it, in the place of what earlier runs left.
+
+        Nothing may be running.
+        """
+        forget_earlier_runs(self.output)
+        rows = [json.dumps(dataclasses.astuple(task)) for task in self.tasks]
+        content = "\n".join(rows).encode()
+        # Named by its content: a worker that outlives a pass (Ray's do) never takes it for another.
+        name = f"{xxhash.xxh3_64_hexdigest(content)}.tasks"
+        self.listed = self.output / "tasks" / name
+        write_atomically(self.listed, content)
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
-        """Run task number `rank` of those given; yields nothing.
+        """Run task number `rank` of those given to `prepare`; yields nothing.
 
         Raises:
             OSError: the output cannot be written, not even the reason.
         """
-        task = self.tasks[rank]
+        assert self.listed is not None
+        task = Task(*json.loads(_rows(self.listed)[rank]))
         here = Running.here()
         in_worker = here != self.command
         if in_worker:
@@ -69,7 +105,9 @@ class TaskStep(PipelineStep):
         except Exception:
             failed_path(self.output, task.id).write_text(traceback.format_exc())
         finally:
-            running.unlink(missing_ok=True)
+            # Who watches looks at what has ended since, not at all that is done.
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(running, ended_path(self.output, task.id))
         yield from ()
 
     def is_told(self) -> bool:
@@ -78,6 +116,11 @@ class TaskStep(PipelineStep):
             self.mark(self.output, task.id).exists() or failed_path(self.output, task.id).exists()
             for task in self.tasks
         )
+
+
+@lru_cache(maxsize=1)
+def _rows(listed: Path) -> list[bytes]:
+    return listed.read_bytes().split(b"\n")
 
 
 def failure(output: Path, tasks: Sequence[Task]) -> UserError:
@@ -97,6 +140,7 @@ def forget_earlier_runs(output: Path) -> None:
 
     Nothing may be running.
     """
-    for pattern in ("tasks/*.failed", "tasks/*.running", "tasks/.*.partial", "*/*/.*.partial"):
+    shutil.rmtree(running_folder(output), ignore_errors=True)
+    for pattern in ("tasks/*.failed", "tasks/*.tasks", "tasks/.*.partial", "*/*/.*.partial"):
         for stale in output.glob(pattern):
             stale.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ def many_rows(folder):
 
 def at_work(output):
     """Process ids of the workers that say they are in a task."""
-    told = map(Running.read, output.glob("tasks/*.running"))
+    told = map(Running.read, output.glob("tasks/running/*.running"))
     return {running.process for running in told if running is not None}
 
 
