@@ -5,8 +5,10 @@ Nothing here loads numpy or torch.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from glob import glob
@@ -50,12 +52,14 @@ class InputFile:
         name: its path below the deepest folder that holds all inputs, with forward slashes.
         size: bytes as stored.
         modified: when it was last written, in nanoseconds, as the file system tells.
+        other_names: links to it under which it was found as well; it is read once.
     """
 
     path: Path
     name: str
     size: int
     modified: int
+    other_names: tuple[str, ...] = ()
 
     @property
     def splittable(self) -> bool:
@@ -106,24 +110,35 @@ def find_inputs(
 ) -> list[InputFile]:
     """The files that the globs match (a folder stands for every JSONL file below it), by name.
 
+    So does a folder that a glob matches, but for what is hidden below it, as is the way of globs.
     Files that are no JSONL by their suffix are passed over, as RedPajama's SHA256SUMS must be, and
     so is what lies in the folder `exclude` (the output).
 
     Raises:
-        UserError: a glob that matches no such file.
+        UserError: a glob that matches no such file, a link to nothing, a folder that cannot be read.
     """
     found: dict[Path, Path] = {}
+    names: defaultdict[Path, set[Path]] = defaultdict(set)
     for pattern in patterns:
         matches = [Path(match) for match in glob(pattern, recursive=True)]
-        folders = [match for match in matches if match.is_dir() and not glob_magic(pattern)]
+        folders = {match for match in matches if match.is_dir()}
         for folder in folders:
-            matches += folder.rglob("*")
+            if folders.isdisjoint(folder.parents):
+                matches += _below(folder, hidden=not glob_magic(pattern))
         files: dict[Path, Path] = {}
-        for match in sorted(matches):
-            if match.name.endswith(SUFFIXES) and match.is_file():
+        for match in sorted(set(matches)):
+            if not match.name.endswith(SUFFIXES):
+                continue
+            if match.is_symlink() and not match.exists():
+                raise UserError(
+                    f"{field}={str(match)!r}: is a link to nothing; fetch its file, or remove it"
+                )
+            if match.is_file():
                 # A link keeps its own name, which tells suffix and source: Hugging Face's cache
                 # links to blobs that have neither. Each file counts once all the same.
-                files.setdefault(match.resolve(), match.parent.resolve() / match.name)
+                name = match.parent.resolve() / match.name
+                names[match.resolve()].add(name)
+                files.setdefault(match.resolve(), name)
         if exclude is not None:
             out = exclude.resolve()
             files = {file: name for file, name in files.items() if not file.is_relative_to(out)}
@@ -135,11 +150,42 @@ def find_inputs(
         found = files | found
     root = Path(commonpath([path.parent for path in found.values()]))
     named = []
-    for path in found.values():
+    for file, path in found.items():
         status = path.stat()
         name = path.relative_to(root).as_posix()
-        named.append(InputFile(path, name, status.st_size, status.st_mtime_ns))
+        others = tuple(str(other) for other in sorted(names[file] - {path}))
+        named.append(InputFile(path, name, status.st_size, status.st_mtime_ns, others))
     return sorted(named, key=lambda file: file.name)
+
+
+def _below(folder: Path, hidden: bool, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Every file below a folder, linked folders included; one that holds itself ends there."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        with os.scandir(folder) as entries:
+            inside = sorted(entry.name for entry in entries if hidden or entry.name[0] != ".")
+    except OSError as error:
+        raise UserError(f"input={str(folder)!r}: cannot be read ({error.strerror})") from None
+    for name in inside:
+        path = folder / name
+        if path.is_dir():
+            yield from _below(path, hidden, above | {real})
+        else:
+            yield path
+
+
+def told_once(files: Sequence[InputFile]) -> str | None:
+    """A line on files that have more names than the one under which they are read."""
+    again = [(file, name) for file in files for name in file.other_names]
+    if not again:
+        return None
+    first, name = again[0]
+    return (
+        f"{len(again)} more {'name' if len(again) == 1 else 'names'} of files that are read once, "
+        f"first {name} (the same file as {first.path})"
+    )
 
 
 def glob_magic(pattern: str) -> bool:

@@ -52,11 +52,12 @@ def finalise(
         UserError: a larger share of the rows than `max_reject_rate` was unusable.
     """
     records = [Record.read(record_path(output, task.id)) for task in tasks]
-    check_rejects(records, max_reject_rate)
+    # First: whoever is told of too many wants to see them.
+    _join_rejects(output, records)
+    check_rejects(output, records, max_reject_rate)
     shards = [shard for record in records for shard in record.shards]
     shards += _join_tails(output, records, settings, tokenizer)
     shards.sort(key=lambda shard: shard.path)
-    _join_rejects(output, records)
     _remove_strays(output, shards)
     manifest = Manifest(
         kind="tokens",
@@ -72,7 +73,7 @@ def finalise(
     return manifest
 
 
-def check_rejects(records: Sequence[Record], max_reject_rate: float) -> None:
+def check_rejects(output: Path, records: Sequence[Record], max_reject_rate: float) -> None:
     """Refuse a corpus of which too large a share is unusable.
 
     Raises:
@@ -94,7 +95,7 @@ def check_rejects(records: Sequence[Record], max_reject_rate: float) -> None:
         print(f"{'…':>12}  {len(unusable) - _TABLE_LINES} more", file=sys.stderr)
     raise UserError(
         f"max_reject_rate={max_reject_rate}: {unusable.total():,} of {rows:,} rows ({rate:.2%}) "
-        "are unusable; see to the input or --text_field, or give a higher rate: what is done stays"
+        f"are unusable, as {output / REJECTS_FILE} lists them; see to the input or --text_field, or give a higher rate: what is done stays"
     )
 
 

@@ -64,7 +64,7 @@ def open_stream(path: Path, position: Position | None = None) -> Iterator[IO[byt
 
 
 class _Frames(io.RawIOBase):
-    """zstd frames or gzip members one after another; a cut one raises EOFError.
+    """zstd frames or gzip members one after another; a cut one, or none, raises EOFError.
 
     Args:
         raw: what is packed.
@@ -88,6 +88,8 @@ class _Frames(io.RawIOBase):
             if not self._packed:
                 if self._frame is not None:
                     raise EOFError("it ends inside a frame")
+                if not self._any:
+                    raise EOFError("it is empty, without even a frame")
                 return 0
             if self._frame is None:
                 if self._any and self._padding:

@@ -109,7 +109,7 @@ def run(options: Options) -> None:
     from pipeline.atomic import make_folder
     from pipeline.data.manifest import FILE_NAME, check_folder
     from pipeline.data.tokenizer import load
-    from tools.corpus import find_inputs
+    from tools.corpus import find_inputs, told_once
     from tools.corpus_decontaminate import keep_evaluations
     from tools.corpus_finaliser import describe, remove_intermediate
     from tools.corpus_plan import PLAN_FORMAT, Settings, check_plan, only_one, told_if_unwritable
@@ -117,6 +117,8 @@ def run(options: Options) -> None:
 
     tokenizer = load(options.tokenizer)
     files = find_inputs(options.input, exclude=Path(options.output))
+    if again := told_once(files):
+        print(f"tokenize: {again}", file=sys.stderr)
     evaluations = evaluations_of(options)
     chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(Settings)}
     chosen["decontaminate"] = evaluations.fingerprint if evaluations else ""

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.options import UserError
-from tools.corpus import find_inputs, source_of_path, source_of_row
+from tools.corpus import find_inputs, source_of_path, source_of_row, told_once
 from tools.corpus_rows import Document, Reject, Row, read_documents, read_rows
 from tools.corpus_streams import Position
 
@@ -221,6 +221,30 @@ def test_inputs_are_found_by_glob_or_folder_in_an_order_of_their_own(tmp_path):
         find_inputs([f"{tmp_path}/a/*.txt"])
 
 
+def test_no_folder_that_a_glob_matches_is_dropped(tmp_path):
+    for name in ("in/a.jsonl", "in/github/b.jsonl", "in/c4/en/c.jsonl.gz", "other/d.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+    (tmp_path / "in/.hidden").mkdir()
+    (tmp_path / "in/.hidden/e.jsonl").write_text("{}\n")
+    (tmp_path / "in/c4/en/linked").symlink_to(tmp_path / "other")
+    (tmp_path / "other/loop").symlink_to(tmp_path / "in")
+    seen = ["in/a.jsonl", "in/c4/en/c.jsonl.gz", "in/github/b.jsonl", "other/d.jsonl"]
+    for pattern in ("in/*", "in/**/*", "i*", "in/**"):
+        assert [file.name for file in find_inputs([f"{tmp_path}/{pattern}"])] == seen
+    found = find_inputs([f"{tmp_path}/in"])
+    assert [file.name for file in found] == ["in/.hidden/e.jsonl", *seen]
+    found = find_inputs([f"{tmp_path}/in/g*"])
+    assert [file.path for file in found] == [tmp_path / "in/github/b.jsonl"]
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"input='.*/b\.jsonl': is a link to nothing"):
+        find_inputs([str(tmp_path)])
+
+
 def test_a_probe_tells_a_change_at_either_end(tmp_path):
     path = tmp_path / "x.jsonl"
     content = bytearray(b"x" * 300_000)
@@ -246,3 +270,10 @@ def test_links_keep_their_names_and_a_file_counts_once(tmp_path):
     assert [file.name for file in found] == ["again.jsonl", "part_0.jsonl.zst"]
     assert [file.splittable for file in found] == [True, False]
     assert {source_of_path(file.path) for file in found} == {"arxiv"}
+    assert found[0].other_names == (str(folder / "part_1.jsonl"),)
+    assert told_once(found) == (
+        f"1 more name of files that are read once, first {folder}/part_1.jsonl (the same file as "
+        f"{folder}/again.jsonl)"
+    )
+    assert found[1].other_names == ()
+    assert told_once(found[1:]) is None

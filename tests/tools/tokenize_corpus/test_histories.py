@@ -97,11 +97,14 @@ def test_what_is_damaged_under_the_command_is_not_used(
 ):
     from tools import corpus_finaliser
 
-    def damaged_meanwhile(records, rate):
+    join_rejects = corpus_finaliser._join_rejects
+
+    def damaged_meanwhile(output, records):
         flip(min(tmp_path.glob(f"out/tasks/*.{kind}")))
+        join_rejects(output, records)
 
     with monkeypatch.context() as patch:
-        patch.setattr(corpus_finaliser, "check_rejects", damaged_meanwhile)
+        patch.setattr(corpus_finaliser, "_join_rejects", damaged_meanwhile)
         with pytest.raises(UserError, match=rf"tasks/\d+\.{kind} is damaged; give the same"):
             run(corpus[0], model, tmp_path / "out")
     assert content(run(corpus[0], model, tmp_path / "out")) == content(shards)

@@ -16,7 +16,9 @@ SETTINGS = Settings(256, 1, 1, 0.0, "text", "x", 1 << 20, 0, None, "none", "")
 
 
 def tasks_of(count):
-    return [Task(i, f"part-{i:06}.jsonl", f"/in/part-{i:06}.jsonl", 0, 9, None) for i in range(count)]
+    return [
+        Task(i, f"part-{i:06}.jsonl", f"/in/part-{i:06}.jsonl", 0, 9, None) for i in range(count)
+    ]
 
 
 def prepared(folder, count, work=TOKENISE.work):

@@ -68,6 +68,27 @@ def test_a_broken_input_fails_in_one_line_and_heals(model, tmp_path, workers):
         run(inputs, model, out, task_bytes=10**6)
 
 
+@pytest.mark.parametrize("suffix", ["zst", "gz"])
+def test_a_download_that_came_to_nothing_is_named(model, tmp_path, suffix):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.jsonl").write_bytes(line("some text"))
+    (tmp_path / f"in/b.jsonl.{suffix}").touch()
+    with pytest.raises(UserError, match=rf"b\.jsonl\.{suffix}.*it is empty.*fetch the file again"):
+        run(tmp_path / "in", model, tmp_path / "out")
+
+
+def test_files_of_two_names_are_counted_in_a_line(model, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "blob").write_bytes(line("some text"))
+    for name in ("arxiv_1.jsonl", "book.jsonl", "wiki.jsonl"):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "blob")
+    run(tmp_path / "in", model, tmp_path / "out")
+    told = [row for row in capsys.readouterr().err.splitlines() if "names" in row]
+    assert len(told) == 1
+    assert "2 more names of files that are read once, first " in told[0]
+    assert "book.jsonl (the same file as " in told[0]
+
+
 LARGE = {"task_bytes": 100_000, "shard_bytes": 100_000}
 
 
@@ -172,8 +193,9 @@ def test_too_many_unusable_rows_fail_with_a_table_and_keep_what_is_done(
     corpus, model, shards, tmp_path, capsys
 ):
     output = tmp_path / "out"
-    with pytest.raises(UserError, match=r"max_reject_rate=0\.001: 3 of \d+ rows .*are unusable"):
+    with pytest.raises(UserError, match=r"max_reject_rate=0\.001: 3 of \d+ .*/out/rejects\.jsonl"):
         run(corpus[0], model, output, max_reject_rate=0.001)
+    assert (output / "rejects.jsonl").read_bytes() == (shards / "rejects.jsonl").read_bytes()
     told = capsys.readouterr().err
     assert all(f"1  {reason}" in told for reason in ("bad JSON", "empty", "no text"))
     assert "github/filtered_1.jsonl" in told
