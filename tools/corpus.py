@@ -115,7 +115,7 @@ def find_inputs(
     so is what lies in the folder `exclude` (the output).
 
     Raises:
-        UserError: a glob that matches no such file, a link to nothing, a folder that cannot be read.
+        UserError: a glob that matches no such file, a link to nothing, a folder that is not read.
     """
     found: dict[Path, Path] = {}
     names: defaultdict[Path, set[Path]] = defaultdict(set)

@@ -6,6 +6,7 @@ count. A text of fewer than n words has no n-gram and excludes nothing.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
@@ -24,9 +25,12 @@ from tools.corpus_rows import Reject, read_rows
 
 NGRAM_WORDS = 13
 _WORD = re.compile(r"\w+")
+_NO_WORD = re.compile(r"\W")
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word's part of the sum is lost
 _FILTER_BITS = 24
-_KNOWN_WORDS = 1 << 20
+_KNOWN_WORDS = 1 << 18
+_KNOWN_LETTERS = 64
+_PIECE_BYTES = 1 << 20
 
 
 class _WordHashes(dict[str, int]):
@@ -35,7 +39,9 @@ class _WordHashes(dict[str, int]):
     def __missing__(self, word: str) -> int:
         if len(self) >= _KNOWN_WORDS:
             self.clear()
-        found = self[word] = xxhash.xxh3_64_intdigest(word.encode("utf-8", "surrogatepass"))
+        found = xxhash.xxh3_64_intdigest(word.encode("utf-8", "surrogatepass"))
+        if len(word) <= _KNOWN_LETTERS:
+            self[word] = found
         return found
 
 
@@ -47,16 +53,78 @@ def ngrams(text: str, words: int = NGRAM_WORDS) -> np.ndarray:
 
     The hash of words w₀ … is Σᵢ xxh3(wᵢ) · baseⁿ⁻¹⁻ⁱ modulo 2⁶⁴.
     """
-    found = _WORD.findall(text.lower())
-    count = len(found) - words + 1
+    return _runs(_hashes_of(text.lower()), words)
+
+
+def _hashes_of(lowered: str) -> np.ndarray:
+    found = _WORD.findall(lowered)
+    return np.fromiter(map(_hashes.__getitem__, found), np.uint64, len(found))
+
+
+def _runs(hashes: np.ndarray, words: int) -> np.ndarray:
+    count = len(hashes) - words + 1
     if count <= 0:
         return np.zeros(0, np.uint64)
-    hashes = np.fromiter(map(_hashes.__getitem__, found), np.uint64, len(found))
     total = hashes[:count].copy()
     for place in range(1, words):
         total *= _BASE
         total += hashes[place : place + count]
     return total
+
+
+def ngrams_in_pieces(
+    data: bytes, words: int = NGRAM_WORDS, piece_bytes: int = _PIECE_BYTES
+) -> Iterator[np.ndarray]:
+    """What `ngrams` finds in a text, given in UTF-8, piece by piece: memory is that of a piece."""
+    before = np.zeros(0, np.uint64)
+    for hashes in _hashes_in_pieces(data, piece_bytes):
+        before = np.concatenate([before, hashes])
+        yield _runs(before, words)
+        before = before[max(0, len(before) - words + 1) :]
+
+
+def _hashes_in_pieces(data: bytes, piece_bytes: int) -> Iterator[np.ndarray]:
+    """Hashes of a text's words, in order."""
+    rest = ""  # the begin of a word
+    begun: xxhash.xxh3_64 | None = None  # of one that is longer than a piece
+    for piece in _lowered_pieces(data, piece_bytes):
+        if begun is not None:
+            end = _NO_WORD.search(piece)
+            begun.update(piece[: end.start() if end else None].encode())
+            if end is None:
+                continue
+            yield np.array([begun.intdigest()], np.uint64)
+            piece, begun = piece[end.start() :], None
+        rest += piece
+        cut = len(rest)
+        while cut and not _NO_WORD.match(rest, cut - 1):
+            cut -= 1
+        if cut:
+            yield _hashes_of(rest[:cut])
+            rest = rest[cut:]
+        elif rest:
+            begun, rest = xxhash.xxh3_64(rest.encode()), ""
+    yield _hashes_of(rest) if begun is None else np.array([begun.intdigest()], np.uint64)
+
+
+def _lowered_pieces(data: bytes, piece_bytes: int) -> Iterator[str]:
+    """The text in lower case. A Σ becomes ς behind a letter and before none, points passed over."""
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    left = " "  # stands for what was before: a letter, or none
+    rest = ""
+    for begin in range(0, len(data), piece_bytes):
+        rest += decode(data[begin : begin + piece_bytes])
+        sigma = rest.rfind("Σ")
+        behind = rest[sigma + 1 :]
+        if sigma >= 0 and f"aΣ{behind}".lower()[1] != f"aΣ{behind}a".lower()[1]:
+            # It depends on what comes. For one before it, it is a letter itself.
+            whole, rest = rest[:sigma], rest[sigma:]
+            yield f"{left}{whole}a".lower()[1:-1]
+        else:
+            whole, rest = rest, ""
+            yield f"{left}{whole}".lower()[1:]
+        left = "a" if f"{left}{whole}Σ".lower()[-1] == "ς" else " "
+    yield f"{left}{rest}".lower()[1:]
 
 
 @dataclass(frozen=True)
@@ -126,9 +194,11 @@ class Contamination:
         self._filter = np.zeros(1 << _FILTER_BITS, np.bool_)
         self._filter[hashes >> np.uint64(64 - _FILTER_BITS)] = True
 
-    def holds(self, text: str) -> bool:
-        """Whether the text has such an n-gram."""
-        found = ngrams(text)
+    def holds(self, data: bytes) -> bool:
+        """Whether the text, given in UTF-8, has such an n-gram."""
+        return any(map(self._any, ngrams_in_pieces(data)))
+
+    def _any(self, found: np.ndarray) -> bool:
         found = found[self._filter[found >> np.uint64(64 - _FILTER_BITS)]]
         if not len(found):
             return False

@@ -32,7 +32,7 @@ def filter_of(task: int, settings: Settings, output: Path) -> Callable[[Document
     def reason(document: Document, number: int) -> str | None:
         if drops is not None and drops[number]:
             return REASONS[int(drops[number])]
-        if contamination is not None and contamination.holds(document.text):
+        if contamination is not None and contamination.holds(document.data):
             return "contaminated"
         return None
 

@@ -95,7 +95,8 @@ def check_rejects(output: Path, records: Sequence[Record], max_reject_rate: floa
         print(f"{'…':>12}  {len(unusable) - _TABLE_LINES} more", file=sys.stderr)
     raise UserError(
         f"max_reject_rate={max_reject_rate}: {unusable.total():,} of {rows:,} rows ({rate:.2%}) "
-        f"are unusable, as {output / REJECTS_FILE} lists them; see to the input or --text_field, or give a higher rate: what is done stays"
+        f"are unusable ({output / REJECTS_FILE} lists them); "
+        "see to the input or --text_field, or give a higher rate: what is done stays"
     )
 
 

@@ -17,8 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from datatrove.pipeline.base import PipelineStep
 import xxhash
+from datatrove.pipeline.base import PipelineStep
 from loguru import logger
 
 from pipeline.atomic import write_atomically

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline.data.manifest import read_manifest
 from pipeline.options import UserError
 from tools import corpus_dedup, corpus_minhash, tokenize_corpus, tokenizer
-from tools.corpus_decontaminate import Contamination, ngrams, strings
+from tools.corpus_decontaminate import Contamination, ngrams, ngrams_in_pieces, strings
 from tools.corpus_dedup import DUPLICATE, HASH, Drops, find_duplicates
 from tools.corpus_plan import Settings, Task
 
@@ -174,12 +174,38 @@ def test_ngrams_are_equal_when_words_are(left, right):
     assert shared == bool(naive_ngrams(one) & naive_ngrams(other))
 
 
+@settings(deadline=None, max_examples=300)
+@given(
+    st.one_of(
+        st.text(st.sampled_from("aAΣσς İ'.:^,。\n日😀é_\u0301\u00ad")),
+        st.text(st.sampled_from("aΣ.' ")),
+        st.text(st.sampled_from("aaaaaaaaaaaaé ")),
+        st.text(),
+    ),
+    st.integers(1, 30),
+    st.integers(1, 4),
+)
+def test_ngrams_of_pieces_are_those_of_the_text(text, piece_bytes, words):
+    data = text.encode("utf-8", "ignore")
+    found = list(ngrams_in_pieces(data, words, piece_bytes))
+    assert np.concatenate(found).tolist() == ngrams(data.decode(), words).tolist()
+
+
+def test_an_ngram_across_two_pieces_is_found():
+    long = "word, " * 200_000
+    question = prose(random.Random(3), 13)
+    held = Contamination(np.sort(ngrams(question)))
+    assert not held.holds(long.encode())
+    for before in range((1 << 20) - 100, (1 << 20) + 10, 10):
+        assert held.holds(f"{'. ' * (before // 2)}{question} {long}".encode())
+
+
 def test_a_set_of_ngrams_holds_itself_alone():
     generator = random.Random(3)
     texts = [prose(generator, 40) for _ in range(50)]
     held = Contamination(np.unique(np.concatenate([ngrams(text) for text in texts[:25]])))
-    assert [held.holds(text) for text in texts] == [True] * 25 + [False] * 25
-    assert not held.holds("too short")
+    assert [held.holds(text.encode()) for text in texts] == [True] * 25 + [False] * 25
+    assert not held.holds(b"too short")
 
 
 def test_strings_are_found_wherever_they_stand():
