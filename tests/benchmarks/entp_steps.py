@@ -222,5 +222,6 @@ BENCHMARKS = (
     _benchmark("loop", loop_step, _LOOP, Shape(64, size="entp-medium", batch=2)),
     _benchmark("loop", loop_step, _LOOP, Shape(128, size="entp-medium", batch=1)),
     _benchmark("padded", padded_step, _PADDED, Shape(64)),
-    _benchmark("padded", padded_step, _PADDED, Shape(128, batch=2)),
+    _benchmark("padded", padded_step, _PADDED, Shape(128)),
+    _benchmark("padded", padded_step, _PADDED, Shape(256, batch=1)),
 )
