@@ -58,7 +58,8 @@ def operations(config: ModelConfig, step: Pass) -> Iterator[Operation]:
 
 
 def parameters(config: ModelConfig) -> BodyParameters:
-    """Both stacks, the bridge, and the norms of the embedding loss.
+    """Both stacks and the bridge, which every token runs through, and the norms of the embedding
+    loss.
 
     A decoder block norms what it reads of the encoder with gains of its own.
     """
@@ -69,9 +70,11 @@ def parameters(config: ModelConfig) -> BodyParameters:
         loss_norms = config.embedding_encoder_norm + (config.embedding_mean_norm != "none")
     crossed = attention_parameters(config, cross=True) + 2 * norm
     return BodyParameters(
-        encoder=config.num_encoder_layers * block + bridge + loss_norms * 2 * config.d_model,
-        decoder=config.num_layers * (block + crossed)
+        active=config.num_encoder_layers * block
+        + bridge
+        + config.num_layers * (block + crossed)
         + norm * (1 + config.positional_subtraction_norm),
+        idle=loss_norms * 2 * config.d_model,
     )
 
 

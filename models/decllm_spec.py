@@ -32,7 +32,7 @@ def parameters(config: ModelConfig) -> BodyParameters:
     """Blocks and the final norm, and the one that positional subtraction may have."""
     blocks = config.num_layers * block_parameters(config)
     norms = 1 + config.positional_subtraction_norm
-    return BodyParameters(decoder=blocks + norms * norm_parameters(config))
+    return BodyParameters(active=blocks + norms * norm_parameters(config))
 
 
 def shapes(config: ModelConfig) -> Shapes:

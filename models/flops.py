@@ -35,6 +35,22 @@ class Flops:
     model_full: float
     hardware: float
 
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(
+            six_n=self.six_n + other.six_n,
+            model_causal=self.model_causal + other.model_causal,
+            model_full=self.model_full + other.model_full,
+            hardware=self.hardware + other.hardware,
+        )
+
+    def __mul__(self, count: float) -> Flops:
+        return Flops(
+            six_n=self.six_n * count,
+            model_causal=self.model_causal * count,
+            model_full=self.model_full * count,
+            hardware=self.hardware * count,
+        )
+
 
 def training_flops(
     config: ModelConfig,
@@ -42,7 +58,7 @@ def training_flops(
     seq_len: int,
     source_len: int = 0,
     scored: int | None = None,
-    prefix_len: int = 0,
+    prefix_len: int | None = None,
     documents: Iterable[int] = (),
     source_documents: Iterable[int] = (),
     rows: int = 1,
@@ -55,7 +71,8 @@ def training_flops(
         source_len: positions of the encoder of an encoder-decoder.
         scored: how many positions, the last ones, carry loss; None for all. Logits are computed for
             these alone, and by ENTP whole prefixes.
-        prefix_len: leading positions that see each other in both directions.
+        prefix_len: leading positions that see each other in both directions; None where a batch has
+            no prefix mask.
         documents: lengths of the documents that attention stays inside; none where it does not.
         source_documents: lengths of their parts of the source, in the same order, 0 where none.
         rows: sequences of the micro-batch; of an ENTP some of whose positions carry no loss they
@@ -74,12 +91,21 @@ def training_flops(
         source_documents=tuple(source_documents),
         rows=rows,
     )
+    return pass_flops(config, step, activation_checkpointing=activation_checkpointing)
+
+
+def pass_flops(config: ModelConfig, step: Pass, *, activation_checkpointing: bool = False) -> Flops:
+    """FLOPs of `step`, forward and backward; arguments as in `training_flops`.
+
+    Raises:
+        ValueError: lengths that the architecture cannot have.
+    """
     table = operations(config, step)
     hardware = 3 * sum(op.forward - op.skipped for op in table)
     if activation_checkpointing or config.activation_checkpointing:
         hardware += sum(op.forward - op.skipped for op in table if op.recomputed)
     return Flops(
-        six_n=6.0 * parameters(config).non_embedding * (seq_len + source_len),
+        six_n=6.0 * parameters(config).non_embedding * (step.tokens + step.source),
         model_causal=3.0 * _forward(table, causal=True),
         model_full=3.0 * _forward(table, causal=False),
         hardware=float(hardware),
@@ -154,8 +180,8 @@ def operations(config: ModelConfig, step: Pass) -> list[Operation]:
         raise ValueError(
             f"source_len={step.source}: {config.arch} has no source of its own; give 0"
         )
-    if step.prefix and not described.has_prefix_mask:
-        raise ValueError(f"prefix_len={step.prefix}: {config.arch} reads causally; give 0")
+    if step.prefix is not None and not described.has_prefix_mask:
+        raise ValueError(f"prefix_len={step.prefix}: {config.arch} has no prefix mask; give none")
     if step.documents and not described.has_document_mask:
         raise ValueError(
             f"documents={step.documents}: {config.arch} reads a row as one document; give none"
@@ -174,7 +200,7 @@ def parameters(config: ModelConfig) -> Parameters:
     body = architecture(config.arch).parameters(config)
     tokens, positions = embedding_parameters(config)
     return Parameters(
-        total=tokens + positions + body.encoder + body.decoder,
-        non_embedding=body.encoder + body.decoder,
-        active=tokens + body.decoder,
+        total=tokens + positions + body.active + body.idle,
+        non_embedding=body.active + body.idle,
+        active=tokens + body.active,
     )

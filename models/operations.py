@@ -17,6 +17,32 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class HiddenPairs:
+    """(query, key) pairs that masks hide; of one sequence's attention, or added up over several.
+
+    The table of operations is affine in these four.
+    """
+
+    own: float = 0.0
+    """Among the tokens. A causal mask hides half, as every published formula has it (not
+    S² − S(S+1)/2)."""
+    skipped: int = 0
+    """Of these, what no kernel computes: attention runs inside each document."""
+    source_skipped: int = 0
+    """Among a source's own positions; none of them is computed."""
+    crossed: int = 0
+    """Of a token and a source token in different documents: computed, and masked."""
+
+    def __add__(self, other: HiddenPairs) -> HiddenPairs:
+        return HiddenPairs(
+            own=self.own + other.own,
+            skipped=self.skipped + other.skipped,
+            source_skipped=self.source_skipped + other.source_skipped,
+            crossed=self.crossed + other.crossed,
+        )
+
+
+@dataclass(frozen=True)
 class Pass:
     """The lengths of one forward pass over one sequence.
 
@@ -30,8 +56,9 @@ class Pass:
     """How many of them, the last ones, have logits; ENTP runs prefixes for these alone."""
     source: int = 0
     """Positions of the encoder of an encoder-decoder."""
-    prefix: int = 0
-    """Leading tokens that see each other in both directions."""
+    prefix: int | None = None
+    """Leading tokens that see each other in both directions; None where the batch has no prefix
+    mask. A mask with a prefix of 0 hides what none hides, but is written out with documents."""
     documents: tuple[int, ...] = ()
     """Lengths of the documents that attention stays inside; () where it does not."""
     source_documents: tuple[int, ...] = ()
@@ -46,6 +73,8 @@ class Pass:
     """Earlier positions of the decoder whose keys and values are kept."""
     is_source_cached: bool = False
     """The source was read before: the decoder's keys and values of it are kept."""
+    hidden: HiddenPairs | None = None
+    """What the masks hide; None: as `prefix` and the documents say."""
 
     def __post_init__(self) -> None:
         for field in ("tokens", "source", "cached"):
@@ -55,7 +84,7 @@ class Pass:
             raise ValueError(
                 f"scored={self.scored}: not in 0 … {self.tokens} tokens; give fewer positions"
             )
-        if not 0 <= self.prefix <= self.tokens:
+        if self.prefix is not None and not 0 <= self.prefix <= self.tokens:
             raise ValueError(
                 f"prefix={self.prefix}: not in 0 … {self.tokens} tokens; give a shorter one"
             )
@@ -87,14 +116,12 @@ class Pass:
         return self.cached + self.tokens
 
     def hidden_pairs(self) -> float:
-        """(query, key) pairs of causal attention that the mask hides.
-
-        A causal mask hides half, as every published formula has it (not S² − S(S+1)/2); a
-        generated token attends to all that is cached and hides nothing.
-        """
+        """`HiddenPairs.own`; a generated token attends to all that is cached and hides nothing."""
+        if self.hidden is not None:
+            return self.hidden.own
         if not self.training and self.tokens == 1:
             return 0.0
-        seen, left = 0, self.prefix
+        seen, left = 0, self.prefix or 0
         for length in self.documents or (self.tokens,):
             # The prefix is the sequence's; of a document it is what reaches into it.
             inside = min(length, left)
@@ -103,16 +130,21 @@ class Pass:
         return self.tokens**2 - seen / 2
 
     def skipped_pairs(self) -> int:
-        """(query, key) pairs of the tokens in different documents: attention runs inside each,
-        but with a prefix mask as well the mask is written out and every pair computed."""
-        return 0 if self.prefix else _across(self.documents, self.documents)
+        """`HiddenPairs.skipped`; none with a prefix mask, which is written out."""
+        if self.hidden is not None:
+            return self.hidden.skipped
+        return 0 if self.prefix is not None else _across(self.documents, self.documents)
 
     def source_skipped_pairs(self) -> int:
-        """The same of the source's own attention."""
+        """`HiddenPairs.source_skipped`."""
+        if self.hidden is not None:
+            return self.hidden.source_skipped
         return _across(self.source_documents, self.source_documents)
 
     def crossed_pairs(self) -> int:
-        """Pairs of a token and a source token in different documents: computed, and masked."""
+        """`HiddenPairs.crossed`."""
+        if self.hidden is not None:
+            return self.hidden.crossed
         return _across(self.documents, self.source_documents)
 
 
@@ -164,7 +196,7 @@ def attention(
     """Scores and weighted values of `pairs` (query, key) pairs, `hidden_pairs` of them masked, and
     of these `skipped_pairs` not computed."""
     each = 4 * attention_width(config)
-    masked = int(each * max(hidden_pairs, skipped_pairs))
+    masked = int(each * hidden_pairs)
     return Operation(name, each * pairs, masked=masked, skipped=each * skipped_pairs)
 
 

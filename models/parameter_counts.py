@@ -10,6 +10,7 @@ from models.parameter_shapes import (
     block_shapes,
     count,
     feed_forward_shapes,
+    linear_shapes,
     norm_shapes,
 )
 
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
 class BodyParameters:
     """What an architecture holds beside its embeddings."""
 
-    decoder: int
-    """Of the decoder, or of the only stack, final norm included."""
-    encoder: int = 0
-    """What a target token's own forward pass does not multiply by."""
+    active: int
+    """What a target token's own forward pass multiplies by."""
+    idle: int = 0
+    """What it does not: an encoder that reads the source alone, the projections of that source's
+    keys and values, and what only a loss asks for."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Parameters:
     non_embedding: int
     """Without token and position embeddings."""
     active: int
-    """Those that a target token's own forward pass multiplies by: its decoder and the tied head, no
-    encoder and no position that is looked up."""
+    """Those that a target token's own forward pass multiplies by, the tied head included: no
+    position that is looked up, and nothing that only a source's tokens meet."""
 
 
 def embedding_parameters(config: ModelConfig) -> tuple[int, int]:
@@ -52,6 +54,11 @@ def norm_parameters(config: ModelConfig) -> int:
 def attention_parameters(config: ModelConfig, *, cross: bool = False) -> int:
     """Of one attention's four projections."""
     return count(attention_shapes(config, cross=cross))
+
+
+def source_parameters(config: ModelConfig) -> int:
+    """Of one cross-attention's projections of its source: keys and values."""
+    return 2 * count(linear_shapes(config.d_model, config.kv_width(cross=True), config))
 
 
 def feed_forward_parameters(config: ModelConfig) -> int:

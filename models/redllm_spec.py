@@ -23,6 +23,7 @@ from models.parameter_counts import (
     attention_parameters,
     block_parameters,
     norm_parameters,
+    source_parameters,
 )
 from models.parameter_shapes import Shapes, inside, norm_shapes, stack
 
@@ -39,8 +40,8 @@ def operations(config: ModelConfig, step: Pass) -> Iterator[Operation]:
     new_source = 0 if step.is_source_cached else step.source
     if new_source:
         for _ in range(config.num_encoder_layers):
-            skipped = step.source_skipped_pairs()
-            yield from self_attention(config, new_source, skipped_pairs=skipped)
+            apart = step.source_skipped_pairs()
+            yield from self_attention(config, new_source, hidden_pairs=apart, skipped_pairs=apart)
             yield from feed_forward(config, new_source)
     for _ in range(config.num_layers):
         yield from _decoder_attention(config, step, new_source)
@@ -72,12 +73,20 @@ def _decoder_attention(config: ModelConfig, step: Pass, new_source: int) -> Iter
 
 
 def parameters(config: ModelConfig) -> BodyParameters:
-    """Both stacks and their final norms."""
+    """Both stacks and their final norms.
+
+    A target token meets neither the encoder nor cross-attention's keys and values; merged
+    attention's are its own too.
+    """
     norm, block = norm_parameters(config), block_parameters(config)
-    crossed = 0 if config.merged_attention else attention_parameters(config, cross=True) + norm
+    crossed = of_source = 0
+    if not config.merged_attention:
+        of_source = source_parameters(config)
+        crossed = attention_parameters(config, cross=True) + norm - of_source
+    encoder = config.num_encoder_layers * block + norm * config.encoder_final_norm
     return BodyParameters(
-        encoder=config.num_encoder_layers * block + norm * config.encoder_final_norm,
-        decoder=config.num_layers * (block + crossed) + norm,
+        active=config.num_layers * (block + crossed) + norm,
+        idle=encoder + config.num_layers * of_source,
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -16,8 +15,7 @@ import torch
 
 from models.batch import Batch
 from models.config import ModelConfig
-from models.flops import Flops, training_flops
-from models.registry import architecture
+from models.flops import Flops
 from pipeline import objectives
 from pipeline.config import RunConfig
 from pipeline.config_checks import micro_batch_size
@@ -25,6 +23,7 @@ from pipeline.data.flan import FlanStore
 from pipeline.data.loader import TrainingOrder
 from pipeline.data.run_order import InstructionOrder, rows_hash, sequences_hash
 from pipeline.denoising import Denoising
+from pipeline.sample_flops import BlockFlops, pairs_flops
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class PretrainingSource:
         self._model = model
         self._order = order
         self._bos = bos
-        self._flops = block_flops(config, model)
+        self._flops = BlockFlops(config, model)
         self._pad = pad
         self._denoising = denoising
         self._eod = order.store.manifest.tokenizer.special_ids["eod"]
@@ -118,9 +117,7 @@ class PretrainingSource:
                 micro_batches=micro,
                 target_tokens=sum(int(batch.loss_mask.sum()) for batch in micro),
                 processed_tokens=sum(len(inputs) + len(targets) for inputs, targets in pairs),
-                flops=total_flops(
-                    [instruction_flops(self._model, *map(len, pair), True) for pair in pairs]
-                ),
+                flops=pairs_flops(self._model, pairs, bidirectional=True),
                 sample_hash=hashed,
                 row_sources=row_sources,
             )
@@ -142,7 +139,7 @@ class PretrainingSource:
             micro_batches=micro,
             target_tokens=sum(int(batch.loss_mask.sum()) for batch in micro),
             processed_tokens=int(valid.sum()),
-            flops=scaled(self._flops, len(places)),
+            flops=self._flops.of(micro),
             sample_hash=hashed,
             row_sources=row_sources,
         )
@@ -192,42 +189,13 @@ class InstructionSource:
             micro_batches=micro,
             target_tokens=sum(int(batch.loss_mask.sum()) for batch in micro),
             processed_tokens=sum(len(inputs) + len(targets) for inputs, targets in pairs),
-            flops=total_flops(
-                [
-                    instruction_flops(self._model, *map(len, pair), config.bidirectional_inputs)
-                    for pair in pairs
-                ]
-            ),
+            flops=pairs_flops(self._model, pairs, bidirectional=config.bidirectional_inputs),
             sample_hash=rows_hash(rows),
         )
 
     def epochs(self, step: int) -> dict[str, float]:
         """See `Source`."""
         return {"flan": step * self._config.global_batch / len(self._order.store)}
-
-
-def block_flops(config: RunConfig, model: ModelConfig) -> Flops:
-    """Training FLOPs of one sample of T tokens under the run's objective."""
-    length, split = config.seq_len, config.split
-    if architecture(config.arch).encodes_prefix:
-        return training_flops(model, seq_len=length - split, source_len=split)
-    if config.resolved_objective == "prefix":
-        # [BOS] and x[:split] see each other; logits exist for x[split:] alone.
-        scored, seen = length - split, min(split + 1, length)
-        return training_flops(model, seq_len=length, scored=scored, prefix_len=seen)
-    return training_flops(model, seq_len=length)
-
-
-@lru_cache(maxsize=65_536)
-def instruction_flops(
-    model: ModelConfig, source_len: int, target_len: int, bidirectional: bool
-) -> Flops:
-    """Training FLOPs of one instruction pair without padding: the same for every cut."""
-    if architecture(model.arch).encodes_prefix:
-        return training_flops(model, seq_len=target_len, source_len=source_len)
-    length = source_len + target_len
-    seen = min(source_len + 1, length) if bidirectional else 0
-    return training_flops(model, seq_len=length, scored=target_len, prefix_len=seen)
 
 
 def pair_batches(
@@ -246,23 +214,3 @@ def pair_batches(
         )
         for start in range(0, len(pairs), size)
     ]
-
-
-def scaled(flops: Flops, count: int) -> Flops:
-    """`flops` of `count` sequences."""
-    return Flops(
-        six_n=flops.six_n * count,
-        model_causal=flops.model_causal * count,
-        model_full=flops.model_full * count,
-        hardware=flops.hardware * count,
-    )
-
-
-def total_flops(parts: Sequence[Flops]) -> Flops:
-    """The sum of `parts`."""
-    return Flops(
-        six_n=sum(part.six_n for part in parts),
-        model_causal=sum(part.model_causal for part in parts),
-        model_full=sum(part.model_full for part in parts),
-        hardware=sum(part.hardware for part in parts),
-    )

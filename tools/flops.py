@@ -106,7 +106,7 @@ class Options:
         if not architecture(self.arch).encodes_prefix:
             return {
                 "seq_len": self.seq_len,
-                "prefix_len": self.prefix_len or 0,
+                "prefix_len": self.prefix_len,
                 "documents": self.documents,
                 "scored": self.scored,
             }

@@ -11,7 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.batch import Batch
 from models.config import named
-from models.flops import decode_pass, inference_flops, parameters, prefill_pass, training_flops
+from models.flops import (
+    decode_pass,
+    inference_flops,
+    operations,
+    parameters,
+    prefill_pass,
+    training_flops,
+)
 from models.generation import prompt_batch
 from models.masks import decoder_mask
 from models.registry import ARCHITECTURES, build
@@ -166,13 +173,10 @@ def test_attention_that_a_mask_lets_through(seq, data):
     assert both.model_causal == rest + each * pairs
 
 
-ENCODER = ("encoder", "bridge", "mean_norm", "encoded_norm")
-
-
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_parameters_equal_the_built_model(data):
-    """In total, without embeddings, and those that a target's own pass multiplies by."""
+    """In total and without embeddings."""
     draw = data.draw
     arch = draw(st.sampled_from(list(ARCHITECTURES)))
     heads = draw(st.sampled_from([2, 4]))
@@ -204,8 +208,79 @@ def test_parameters_equal_the_built_model(data):
     with torch.device("meta"):
         sizes = {name: p.numel() for name, p in build(config).named_parameters()}
     body = {name: n for name, n in sizes.items() if "embedding.weight" not in name}
-    own = sum(n for name, n in body.items() if not name.startswith(ENCODER))
     found = parameters(config)
     assert found.total == sum(sizes.values())
     assert found.non_embedding == sum(body.values())
-    assert found.active == own + VOCAB * config.d_model
+
+
+def reached(tensor):
+    """The parameters that `tensor` was computed from, in autograd's own record."""
+    found, nodes, seen = {}, [tensor.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        nodes += [following for following, _ in node.next_functions]
+    return set(found)
+
+
+SWITCHES = {
+    "ared switches": (
+        "ared",
+        {
+            "bias": True,
+            "bridge_norm": True,
+            "positional_subtraction_norm": True,
+            "num_cross_heads": 4,
+            "num_cross_kv_heads": 1,
+            "cross_attention_first": True,
+        },
+    ),
+    "redllm bias": ("redllm", {"bias": True, "norm": "layernorm", "num_cross_kv_heads": 1}),
+    "redllm merged bias": ("redllm", {"bias": True, "merged_attention": True, "num_kv_heads": 1}),
+    "decllm bias": ("decllm", {"bias": True, "feed_forward": "gelu"}),
+}
+
+
+@pytest.mark.parametrize("variant", [*GENERATING, *SWITCHES])
+def test_active_parameters_are_those_that_a_generated_token_meets(variant):
+    """Its logits are computed from them, and the products of its pass (twice its matrices, less
+    attention's scores) are their matrices."""
+    arch, changes = (GENERATING | SWITCHES)[variant]
+    config = config_of(arch, **changes)
+    model = build(config).eval()
+    batch, lengths = prompt_batch(model, [[*range(9)]], bos=1)
+    if arch == "entp":  # which reads its prefix anew for each token
+        ids = batch.input_ids
+        for terms in model.loss_chunks(Batch(ids, ids, ids >= 0)):
+            terms.objective.backward()
+        met = {id(p) for p in model.parameters() if p.grad is not None}
+    else:
+        decoding = model.decoding(batch, lengths, 30)
+        with torch.no_grad():
+            decoding.start()
+        met = reached(decoding.extend(torch.tensor([1])))
+    active = {
+        name: p
+        for name, p in model.named_parameters()
+        if id(p) in met and name != "position_embedding.weight"  # looked up
+    }
+    assert parameters(config).active == sum(p.numel() for p in active.values())
+    if arch != "entp":
+        scores = ("self-attention", "cross-attention", "merged attention")
+        table = operations(config, decode_pass(config, 9, 10))
+        products = sum(row.forward for row in table if row.name not in scores)
+        assert products == 2 * sum(p.numel() for p in active.values() if p.dim() == 2)
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "matrices", "norms"),
+    [("ared", "ared-15m", 15_751_050, 79), ("redllm", "150m", 108_086_272, 10)],
+)
+def test_active_parameters_of_named_sizes(arch, size, matrices, norms):
+    """Matrices, and the gains of norms."""
+    config = named(arch, size, 50_257, max_seq_len=300)
+    assert parameters(config).active == matrices + norms * config.d_model

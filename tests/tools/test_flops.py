@@ -113,7 +113,7 @@ def test_every_named_size_has_a_report(arch, capsys):
         ("--arch entp --size 9b", ("size='9b'", "nano")),
         ("--arch decllm --size ared-15m", ("size='ared-15m'", "ared-baseline")),
         ("--arch decllm --size 1b --seq_len 0", ("seq_len=0", "at least 1")),
-        ("--arch entp --size 1b --prefix_len 4", ("prefix_len=4", "give 0")),
+        ("--arch entp --size 1b --prefix_len 4", ("prefix_len=4", "give none")),
         ("--arch decllm --size 1b --documents 4,5", ("documents=(4, 5)", "2048")),
         ("--arch redllm --size 1b --documents 4,5", ("documents=(4, 5)", "2048")),
         ("--arch decllm --size 1b --prompt_len 0", ("prompt_len=0", "at least 1")),
