@@ -10,7 +10,14 @@ because papers and tools differ (1 multiply-add = 2 FLOPs; backward is twice for
   through, half where it is causal.
 * `model_full`: the same with all attention in full, as PaLM and torch count it.
 * `hardware`: what is executed: `model_full` and every recomputation, less attention between
-  documents. Equals torch's FlopCounterMode with the math attention backend.
+  documents. Equals torch's FlopCounterMode with the math attention backend, run eagerly on a CPU.
+
+Where documents are masked, that CPU attends to them one by one, and nothing across their borders
+is computed. Elsewhere the counter finds more, every pair of the sequence, and `hardware` stays what
+the documents need: under torch.compile; on a GPU in fp64, with heads narrower than 16 or with fewer
+than 128 queries, where the mask is written out and all of it computed; and in any other run on a
+GPU, where flex attention skips the blocks that nobody sees but is counted in full. A prefix mask
+beside them is written out everywhere, and so counted here too (`Pass.skipped_pairs`).
 
 Elementwise work (norms, softmax, activations, ENTP's scan over keys) counts in none of them.
 """
@@ -112,19 +119,28 @@ def pass_flops(config: ModelConfig, step: Pass, *, activation_checkpointing: boo
     )
 
 
-def prefill_pass(config: ModelConfig, prompt_len: int) -> Pass:
+def prefill_pass(config: ModelConfig, prompt_len: int, *, bidirectional: bool = False) -> Pass:
     """All that precedes the first generated token: the prompt read, and one row of logits.
 
     An encoder reads the prompt of an encoder-decoder, whose decoder takes its first step.
 
+    Args:
+        bidirectional: a decoder's prompt sees itself in both directions, as `generate` has it; an
+            encoder's always does.
+
     Raises:
-        ValueError: prompt_len is below 1.
+        ValueError: prompt_len is below 1, or a prompt in both directions for a model without a
+            prefix mask.
     """
     if prompt_len < 1:
         raise ValueError(f"prompt_len={prompt_len}: too short; give at least 1")
-    if architecture(config.arch).encodes_prefix:
+    described = architecture(config.arch)
+    if described.encodes_prefix:
         return Pass(tokens=1, scored=1, source=prompt_len, training=False)
-    return Pass(tokens=prompt_len, scored=1, training=False)
+    if bidirectional and not described.has_prefix_mask:
+        raise ValueError(f"bidirectional=True: {config.arch} has no prefix mask; give False")
+    prefix = prompt_len if bidirectional else None
+    return Pass(tokens=prompt_len, scored=1, prefix=prefix, training=False)
 
 
 def decode_pass(config: ModelConfig, prompt_len: int, context_len: int) -> Pass:

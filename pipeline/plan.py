@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import json
 import os
 import platform
-import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,10 +18,10 @@ from models.flops import parameters
 from pipeline.config import RunConfig
 from pipeline.config_checks import CHANGEABLE, batch_problems, fit_micro_batch
 from pipeline.config_file import load_with_file
-from pipeline.conversion import convert
 from pipeline.data.manifest import Manifest, check_folder, read_manifest
 from pipeline.data.run_order import order_version, refuse_other_order
 from pipeline.deepspeed_file import read_deepspeed_file, run_problems
+from pipeline.model_overrides import convert_overrides
 from pipeline.optim import recipe
 from pipeline.options import UserError
 from pipeline.run_folder import RunFolder
@@ -121,25 +119,6 @@ def inherited_overrides(config: RunConfig) -> dict[str, Any]:
     own = RunFolder(config.run_dir)
     source = own if own.config_file.exists() else RunFolder(config.init_from)
     return dict(source.read_config()["run"]["model"])
-
-
-def convert_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's overrides with the types of ModelConfig's fields. Raises UserError."""
-    hints = typing.get_type_hints(ModelConfig)
-    for key in ("arch", "vocab_size"):
-        # The run names its architecture, and the data their vocabulary.
-        del hints[key]
-    converted = {}
-    for key, value in overrides.items():
-        if key not in hints:
-            close = difflib.get_close_matches(key, hints, n=1)
-            remedy = f"did you mean {close[0]}?" if close else f"give one of {', '.join(hints)}"
-            raise UserError(f"model.{key}={value!r}: not a field of the model; {remedy}")
-        try:
-            converted[key] = convert(value, hints[key])
-        except ValueError as error:
-            raise UserError(f"model.{key}={value!r}: {error}") from error
-    return converted
 
 
 def resolve_model(config: RunConfig, vocab_size: int) -> ModelConfig:

@@ -22,6 +22,7 @@ from models.operations import Operation, Pass
 from models.parameter_counts import Parameters
 from models.registry import ARCHITECTURES, architecture
 from models.shapes import SIZES
+from pipeline.model_overrides import convert_overrides
 from pipeline.options import UserError, option
 
 
@@ -60,7 +61,14 @@ class Options:
     context_len: int | None = option(
         "decode: tokens seen, those of the prompt included (seq_len when absent)", None
     )
+    bidirectional: bool = option(
+        "prefill: a decllm's prompt sees itself in both directions, as one finetuned so has it",
+        False,
+    )
     vocab_size: int = option("rows of the tied embedding", 32_768, minimum=1)
+    model: dict[str, Any] = option(
+        "overrides of the model's own fields, as --model.num_kv_heads=4", default_factory=dict
+    )
     activation_checkpointing: bool = option("recompute blocks in the backward pass", False)
     json: bool = option("print one JSON object instead of a table", False)
 
@@ -89,17 +97,21 @@ class Options:
 
     def inference_passes(self, model: ModelConfig) -> tuple[Pass, Pass]:
         """Prefill and decode. Raises ValueError."""
-        return prefill_pass(model, self.prompt), decode_pass(model, self.prompt, self.context)
+        prefill = prefill_pass(model, self.prompt, bidirectional=self.bidirectional)
+        return prefill, decode_pass(model, self.prompt, self.context)
 
-    def model(self) -> ModelConfig:
-        """The model asked about. Raises ValueError."""
-        return named(
-            self.arch,
-            self.size,
-            self.vocab_size,
-            max_seq_len=max(self.seq_len, self.context),
-            activation_checkpointing=self.activation_checkpointing,
-        )
+    def model_config(self) -> ModelConfig:
+        """The model asked about. Raises ValueError, and UserError for a field it does not have."""
+        for name in ("activation_checkpointing", "vocab_size"):
+            if name in self.model:
+                value = self.model[name]
+                raise UserError(f"model.{name}={value}: give --{name} instead")
+        settings = {
+            "max_seq_len": max(self.seq_len, self.context),
+            "activation_checkpointing": self.activation_checkpointing,
+        }
+        overrides = convert_overrides(self.model)
+        return named(self.arch, self.size, self.vocab_size, **(settings | overrides))
 
     def training_lengths(self) -> dict[str, Any]:
         """The keywords of `training_flops`. Raises ValueError."""
@@ -159,7 +171,7 @@ def report(options: Options) -> Report:
     Raises:
         ValueError: the model or its lengths are impossible.
     """
-    model, lengths = options.model(), options.training_lengths()
+    model, lengths = options.model_config(), options.training_lengths()
     trained = training_flops(model, **lengths)
     source, target = lengths.get("source_len", 0), lengths["seq_len"]
     scored = target if options.scored is None else options.scored

@@ -82,6 +82,20 @@ GENERATING = {
 }
 
 
+def test_a_prompt_in_both_directions_equals_the_counter():
+    config = config_of("decllm", num_kv_heads=1)
+    model = build(config).eval()
+    batch, lengths = prompt_batch(model, [[*range(9)]], bos=1, bidirectional=True)
+    with (
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        model.decoding(batch, lengths, 30).start()
+    found = inference_flops(config, prefill_pass(config, 10, bidirectional=True))
+    assert found.model_causal == found.hardware == counter.get_total_flops()
+
+
 @pytest.mark.parametrize("variant", GENERATING)
 def test_what_generation_runs_equals_the_counter(variant):
     """A prompt of 9 tokens and three more, each counted as it is made with room to spare."""
@@ -102,6 +116,30 @@ def test_what_generation_runs_equals_the_counter(variant):
                 decoding.extend(torch.tensor([number]))
             expected = inference_flops(config, decode_pass(config, prompt, prompt + number))
             assert expected.hardware == expected.model_full == counter.get_total_flops()
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompt=LENGTHS, heads=st.integers(1, 4))
+def test_a_prompt_that_sees_itself_in_both_directions(prompt, heads):
+    """L·(2·P·(4·d·hk + 3·d·f) + 4·P²·hk) + 2·d·V, nothing of it masked, where a causal prompt's
+    attention is halved; a prompt of one token, too, has nothing to hide."""
+    config, hk = config_of("decllm", 12, 20, heads), 4 * heads
+    both = inference_flops(config, prefill_pass(config, prompt, bidirectional=True))
+    products = 3 * 2 * prompt * (4 * 12 * hk + 3 * 12 * 20) + 2 * 12 * VOCAB
+    attention = 3 * 4 * prompt**2 * hk
+    assert both.model_causal == both.model_full == both.hardware == products + attention
+    causal = inference_flops(config, prefill_pass(config, prompt))
+    assert causal.model_full == both.model_full
+    if prompt > 1:
+        assert causal.model_causal == products + attention / 2
+
+
+def test_prompts_in_both_directions_are_a_prefix_mask_s():
+    config = config_of("redllm")
+    assert prefill_pass(config, 9, bidirectional=True) == prefill_pass(config, 9)
+    for arch in ("entp", "ared"):
+        with pytest.raises(ValueError, match="bidirectional=True"):
+            prefill_pass(config_of(arch), 9, bidirectional=True)
 
 
 @settings(max_examples=60, deadline=None)

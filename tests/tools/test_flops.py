@@ -1,5 +1,6 @@
 """`isoflop flops`: its numbers are the model's own, its mistakes are readable, and it is quick."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -44,6 +45,36 @@ def test_a_prompt_and_a_context_of_ones_own(capsys):
         == inference_flops(model, decode_pass(model, 5, 77)).hardware
     )
     assert found["prefill"]["flops"]["6n"] == 2 * 5 * parameters(model).non_embedding
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes"),
+    [
+        ("decllm", {"num_kv_heads": 1}),
+        ("entp", {"entp_causal_layers": 1, "entp_sampled_prefixes": 4}),
+        ("redllm", {"merged_attention": True, "num_encoder_layers": 5}),
+        ("ared", {"num_cross_heads": 1, "num_layers": 3}),
+    ],
+)
+def test_variants_are_asked_for_as_in_pretraining(arch, changes, capsys):
+    flags = " ".join(f"--model.{name}={str(value).lower()}" for name, value in changes.items())
+    dispatch(f"flops --arch {arch} --size tiny --seq_len 64 --json {flags}".split())
+    found = json.loads(capsys.readouterr().out)
+    plain, model = (named(arch, "tiny", 32_768, max_seq_len=64, **c) for c in ({}, changes))
+    assert found["model"] == dataclasses.asdict(model) != dataclasses.asdict(plain)
+    lengths = {"seq_len": 32, "source_len": 32} if arch == "redllm" else {"seq_len": 64}
+    flops = training_flops(model, **lengths)
+    assert found["training"]["flops"]["hardware"] == flops.hardware
+    assert flops != training_flops(plain, **lengths)
+    assert found["parameters"]["active"] == parameters(model).active
+
+
+def test_a_prompt_in_both_directions(capsys):
+    causal = []
+    for flag in ("", " --bidirectional"):
+        dispatch(f"flops --arch decllm --size nano --json{flag}".split())
+        causal.append(json.loads(capsys.readouterr().out)["prefill"]["flops"]["model_causal"])
+    assert causal[1] > causal[0]
 
 
 def test_masks_are_in_the_causal_convention_and_documents_also_in_hardware(capsys):
@@ -120,6 +151,12 @@ def test_every_named_size_has_a_report(arch, capsys):
         ("--arch decllm --size 1b --prompt_len 9 --context_len 9", ("context_len=9", "give more")),
         ("--arch redllm --size 1b --seq_len 8 --prefix_len 8", ("prefix_len=8", "less than")),
         ("--arch decllm --size 1b --seq_len 8 --scored 9", ("scored=9", "8 tokens")),
+        ("--arch ared --size 1b --bidirectional", ("bidirectional=True", "give False")),
+        ("--arch redllm --size 1b --model.kv_heads=2", ("model.kv_heads='2'", "num_kv_heads")),
+        ("--arch redllm --size 1b --model.num_kv_heads=x", ("model.num_kv_heads='x'", "number")),
+        ("--arch redllm --size 1b --model.num_kv_heads=3", ("num_kv_heads=3", "give")),
+        ("--arch decllm --size 1b --model.merged_attention=true", ("merged_attention", "redllm")),
+        ("--arch decllm --size 1b --model.vocab_size=9", ("model.vocab_size=9", "--vocab_size")),
     ],
 )
 def test_mistakes_name_field_value_and_remedy(flags, words):
