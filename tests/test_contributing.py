@@ -17,9 +17,10 @@ from pipeline.network import free_port
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 # The built model against its own table and counts, with and without recomputation.
-CHECK = """
+CHECKS = """
 from dataclasses import replace
 
+import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,8 +30,14 @@ from models.flops import parameters, training_flops
 from models.registry import architecture, build
 
 ids = torch.zeros(2, 7, dtype=torch.int64)
-batch = Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool))
-for again in (False, True):
+flags = torch.ones_like(ids, dtype=torch.bool)
+batch = Batch(ids, ids, flags)
+# What it does not have.
+unread = {"prefix_lengths": ids[:, 0], "document_ids": ids, "encoder_ids": ids,
+          "encoder_mask": flags, "encoder_document_ids": ids}
+
+@pytest.mark.parametrize("again", [False, True])
+def test_counts_equal_the_built_parallel(again):
     config = named("parallel", "nano", 50, activation_checkpointing=again, dropout=0.1)
     model = build(config)
     assert parameters(config).total == sum(p.numel() for p in model.parameters())
@@ -38,27 +45,32 @@ for again in (False, True):
         model(batch).objective.backward()
     assert 2 * training_flops(config, seq_len=7).hardware == counter.get_total_flops()
     assert not torch.equal(model(batch).objective, model(batch).objective)  # dropout
-# What it does not have is refused, not ignored.
-lengths, flags = ids[:, 0], torch.ones_like(ids, dtype=torch.bool)
-unread = {"prefix_lengths": lengths, "document_ids": ids, "encoder_ids": ids,
-          "encoder_mask": flags, "encoder_document_ids": ids}
-uses = [lambda name=name: model(replace(batch, **{name: unread[name]})) for name in unread]
-uses.append(lambda: training_flops(config, seq_len=7, documents=(3, 4)))
-for use in uses:
-    try:
-        use()
-    except ValueError:
-        continue
-    raise AssertionError("ignored")
-assert not architecture("parallel").has_document_mask
+
+@pytest.mark.parametrize("field", unread)
+def test_parallel_refuses_what_it_would_ignore(field):
+    with pytest.raises(ValueError):
+        build(named("parallel", "nano", 50))(replace(batch, **{field: unread[field]}))
+
+def test_parallel_has_no_documents():
+    with pytest.raises(ValueError):
+        training_flops(named("parallel", "nano", 50), seq_len=7, documents=(3, 4))
+    assert not architecture("parallel").has_document_mask
 """
+# What the tests of the house ask of every architecture, and of all of them together.
+GENERIC = ("config", "contract", "generation", "inference_flops", "kept")
 
 
 @pytest.fixture
 def house(tmp_path: Path) -> Path:
-    """A copy of the packages with the guide's file and line."""
+    """A copy of the packages, and of generic tests, with the guide's file and line."""
     for package in ("models", "pipeline", "tools", "ds_configs"):
         shutil.copytree(ROOT / package, tmp_path / package)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    tests = tmp_path / "tests" / "models"
+    tests.mkdir(parents=True)
+    for name in ("conftest", *(f"test_{subject}" for subject in GENERIC)):
+        shutil.copy(ROOT / "tests" / "models" / f"{name}.py", tests)
+    (tests / "test_parallel.py").write_text(CHECKS, encoding="utf-8")
     code, line = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
     assert re.search(r"`models/parallel\.py`:\n\n```python", GUIDE)
     (tmp_path / "models" / "parallel.py").write_text(code, encoding="utf-8")
@@ -80,14 +92,16 @@ def run(house: Path, *words: str) -> str:
         text=True,
         timeout=240,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done.stdout
 
 
 @pytest.mark.distributed
 def test_a_file_and_a_line_make_an_architecture(house: Path, shards_dir: Path) -> None:
     assert "parallel" in run(house, "-m", "tools.cli", "flops", "--help")
-    run(house, "-c", CHECK)
+    # A path is a keyword too: all of test_config, and elsewhere what is asked of `parallel`.
+    chosen = ("-k", "parallel or test_config", "-p", "no:cacheprovider")
+    assert " passed" in run(house, "-m", "pytest", "tests", *chosen)
     told = run(house, "-m", "tools.cli", "flops", "--arch=parallel", "--size=150m", "--json")
     found = json.loads(told)
     # Per layer four attention matrices and three of the feed-forward, and the head.

@@ -26,7 +26,8 @@ CASES = [
     Case("entp", 0, micro_batch=2, entp_chunk_pairs=CHUNKED),
     Case("entp", 1, micro_batch=2, offload="optimizer", entp_chunk_pairs=CHUNKED),
     Case("entp", 2, micro_batch=6, checkpointing=True, offload="optimizer", entp_chunk_pairs=50),
-    Case("entp", 3, micro_batch=6, entp_chunk_pairs=50),  # a part of a row at once
+    # a part of a row at once
+    Case("entp", 3, micro_batch=6, checkpointing=True, entp_chunk_pairs=50),
     Case("ared", 0, micro_batch=6, checkpointing=True),
     Case("ared", 1, micro_batch=6),
     Case("ared", 2, micro_batch=2, offload="optimizer"),

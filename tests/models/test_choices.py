@@ -114,9 +114,9 @@ def test_any_choices_together(make_model, make_batch, gradients, data):
         raise
     seq_len, source_len = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 9))
     batch = make_batch(arch, data.draw(st.integers(1, 3)), seq_len, source_len)
-    if arch != "entp" and data.draw(st.booleans()):
+    if architecture(arch).has_document_mask and data.draw(st.booleans()):
         batch = with_documents(batch)
-    if arch == "decllm" and data.draw(st.booleans()):
+    if architecture(arch).has_prefix_mask and data.draw(st.booleans()):
         prefixes = torch.randint(seq_len + 1, (len(batch.targets),))
         batch = dataclasses.replace(batch, prefix_lengths=prefixes)
     assert parameters(model.config).total == sum(p.numel() for p in model.parameters())

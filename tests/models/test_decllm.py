@@ -14,7 +14,23 @@ from models.registry import build
 from models.rotary import rotary_tables
 
 
-def test_equals_llama_with_its_norms_switched_off():
+def rotary_in_float64(base, width):
+    """transformers' rotary tables, which it computes in float32 whatever the dtype."""
+
+    def tables(hidden, position_ids):
+        turns = position_ids.double().unsqueeze(-1) * base ** (-torch.arange(0, width, 2) / width)
+        angles = torch.cat([turns, turns], -1)
+        return angles.cos(), angles.sin()
+
+    return tables
+
+
+def norm_in_float64(self, x):
+    """transformers' RMSNorm, which also casts to float32."""
+    return self.weight * x / (x.square().mean(-1, keepdim=True) + self.variance_epsilon).sqrt()
+
+
+def test_equals_llama_with_its_norms_switched_off(monkeypatch):
     """Same weights, same logits, same gradients: rotary, SwiGLU, GQA, RMSNorm and the tied head."""
     transformers = pytest.importorskip("transformers")
     ours = build(
@@ -46,9 +62,8 @@ def test_equals_llama_with_its_norms_switched_off():
             mlp_bias=False,
         )
     ).to(torch.float64)
-    # transformers keeps its rotary frequencies in float32; ours are computed in float64.
-    exponents = torch.arange(4) / 4
-    llama.model.rotary_emb.inv_freq = config.rope_base**-exponents
+    monkeypatch.setattr(llama.model.rotary_emb, "forward", rotary_in_float64(config.rope_base, 8))
+    monkeypatch.setattr(type(llama.model.norm), "forward", norm_in_float64)
     names = {"model.embed_tokens": ours.embedding, "model.norm": ours.final_norm}
     for i, block in enumerate(ours.blocks):
         prefix = f"model.layers.{i}"
@@ -72,13 +87,12 @@ def test_equals_llama_with_its_norms_switched_off():
     ids = torch.randint(60, (3, 12))
     batch = Batch(ids[:, :-1], ids[:, 1:], torch.ones(3, 11, dtype=torch.bool))
     logits = llama(ids[:, :-1]).logits
-    # transformers computes its rotary tables in float32 whatever the dtype.
-    torch.testing.assert_close(ours.logits(batch), logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.logits(batch), logits, rtol=1e-10, atol=1e-10)
     F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
     ours(batch).objective.backward()
     for name, module in names.items():
         expected = theirs[f"{name}.weight"].grad
-        torch.testing.assert_close(module.weight.grad, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(module.weight.grad, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_attention_equals_its_formula(make_model):
