@@ -15,6 +15,7 @@ SEQUENCE, BATCH, VOCABULARY = 16, 6, 97
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "adafactor": {"optimizer": "adafactor"},
+    "adafactor_with_momentum": {"optimizer": "adafactor", "beta1": 0.9},
     "factored": {
         **{"optimizer": "adafactor", "factored": True, "min_dim_size_to_factor": 32},
         **{"beta1": 0.9, "weight_decay": 0.1},

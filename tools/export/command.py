@@ -25,7 +25,7 @@ class Options:
 
     safetensors: model.safetensors and config.json (the model's own fields). hf: the same as a
     transformers Llama, for a DecLLM that is one. universal: DeepSpeed's universal checkpoint with
-    AdamW's moments, for ZeRO stages 1 to 3 of any number of ranks.
+    the moments of AdamW or of unfactored Adafactor, for ZeRO stages 1 to 3 of any number of ranks.
     """
 
     run: str = option("run folder", positional=True, metavar="DIR")

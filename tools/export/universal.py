@@ -18,7 +18,8 @@ from pipeline.options import UserError
 if TYPE_CHECKING:
     from tools.export.command import Source
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+# AdamW has both; unfactored Adafactor the second, and the first where it has momentum.
+FIRST, SECOND = MOMENTS = ("exp_avg", "exp_avg_sq")
 DEEPSPEED = "0.19.8"
 # DeepSpeed overwrites its optimizer's groups, in order, with those of the file. Empty ones leave
 # them as the user set them; a run has a few groups, and those that are too many are not read.
@@ -30,11 +31,11 @@ def write(source: Source, folder: Path) -> str:
     reader = source.reader
     names = reader.keys(MASTER)
     keys = {name.partition("/")[0] for name in reader.keys(OPTIMIZER)}
-    if keys != set(MOMENTS):
+    if not {SECOND} <= keys <= set(MOMENTS):
         optimizer = source.document["run"]["optimizer"]
         raise UserError(
-            f"optimizer={optimizer!r}: DeepSpeed's universal format carries AdamW's two moments "
-            f"and this run has {', '.join(sorted(keys)) or 'none'}; give --format safetensors"
+            f"optimizer={optimizer!r}: DeepSpeed's universal format carries {' and '.join(MOMENTS)}"
+            f" and this run has {', '.join(sorted(keys)) or 'neither'}; give --format safetensors"
         )
     updates = _updates(reader.state["optimizer"])
     tag = f"step_{reader.state['step']}"
@@ -42,9 +43,13 @@ def write(source: Source, folder: Path) -> str:
     for name in names:
         place = target / "zero" / name
         place.mkdir(parents=True)
-        _save(place / "fp32.pt", {"param": reader.read(MASTER + name), "cat_dim": 0})
+        weights = reader.read(MASTER + name)
+        _save(place / "fp32.pt", {"param": weights, "cat_dim": 0})
         for moment in MOMENTS:
-            tensor = reader.read(f"{OPTIMIZER}{moment}/{name}")
+            # Stage 3 asks for both: zeros, that take no room, for one that the optimizer has not.
+            tensor = torch.zeros(1).expand(weights.shape)
+            if moment in keys:
+                tensor = reader.read(f"{OPTIMIZER}{moment}/{name}")
             _save(place / f"{moment}.pt", {"param": tensor, "cat_dim": 0})
         _save(place / "step.pt", updates)
     groups: list[dict[str, Any]] = [{"params": []} for _ in range(_GROUPS)]
