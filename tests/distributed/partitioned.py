@@ -7,6 +7,7 @@ import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -23,6 +24,7 @@ class Built:
         masters: fp32 masters that the engine made of them.
         whole: one full copy of the model.
         largest: the largest single parameter, whole.
+        states: what the optimizer keeps from its start (Adafactor; others make it in a step).
         peak: growth of the process's resident memory at its highest.
     """
 
@@ -31,16 +33,20 @@ class Built:
     masters: int
     whole: int
     largest: int
+    states: int
     peak: int
 
 
-def build_as_one_of(ranks: int, arch: str, size: str, *, precision: str, draw: bool) -> Built:
+def build_as_one_of(
+    ranks: int, arch: str, size: str, *, precision: str, draw: bool, **run: Any
+) -> Built:
     """Build a named model and its engine as rank 0 of `ranks`, in a process of its own.
 
     Args:
         draw: whether first values are drawn; what is held does not depend on them.
+        run: fields of the run.
     """
-    return run_ranks(_build, 1, ranks, arch, size, precision, draw, timeout=280)[0]
+    return run_ranks(_build, 1, ranks, arch, size, precision, draw, run, timeout=280)[0]
 
 
 class _Peak(threading.Thread):
@@ -62,7 +68,10 @@ class _Peak(threading.Thread):
         return self.bytes - self.start_bytes
 
 
-def _build(ranks: int, arch: str, size: str, precision: str, draw: bool) -> Built:
+def _build(
+    ranks: int, arch: str, size: str, precision: str, draw: bool, run: dict[str, Any]
+) -> Built:
+    import torch
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -72,7 +81,7 @@ def _build(ranks: int, arch: str, size: str, precision: str, draw: bool) -> Buil
     from models.config import named
     from models.registry import build
     from pipeline import distributed, engine, zero_layout
-    from pipeline.optim.build import build_optimizer
+    from pipeline.optim.build import bind_optimizer, build_optimizer
     from tests.distributed.parity import Case, run_config
 
     distributed.start(timeout_seconds=100, threads=1)
@@ -80,7 +89,7 @@ def _build(ranks: int, arch: str, size: str, precision: str, draw: bool) -> Buil
         # Drawing 8e9 values takes a minute.
         layers.draw_normal = lambda weight, std: None
     case = Case(arch, 3, micro_batch=1, precision=precision)
-    config = dataclasses.replace(run_config(case, Path(), 2), global_batch=ranks)
+    config = dataclasses.replace(run_config(case, Path(), 2), global_batch=ranks, **run)
     peak = _Peak()
     peak.start()
     built = engine.build_engine(
@@ -90,7 +99,11 @@ def _build(ranks: int, arch: str, size: str, precision: str, draw: bool) -> Buil
         case.deepspeed_file(),
     )
     highest = peak.stop()
+    # Nobody answers: the other ranks' parts are not there to be counted.
+    zero_layout.check_cover = lambda found: None
+    bind_optimizer(built)
     masters = list(zero_layout.flat_tensors(built))
+    kept = [t for flat in masters for t in zero_layout.client_optimizer(built).state[flat].values()]
     parameters = list(built.module.parameters())
     width = 2 if precision == "bf16" else 4
     return Built(
@@ -99,5 +112,6 @@ def _build(ranks: int, arch: str, size: str, precision: str, draw: bool) -> Buil
         masters=sum(flat.numel() * flat.element_size() for flat in masters),
         whole=sum(p.ds_numel * width for p in parameters),
         largest=max(p.ds_numel for p in parameters) * width,
+        states=sum(t.numel() * t.element_size() for t in kept if torch.is_tensor(t)),
         peak=highest,
     )

@@ -59,6 +59,20 @@ def test_a_rank_of_64_holds_a_64th_and_never_a_whole_model() -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize(("ranks", "share"), [(1, 0.000714), (64, 0.0424), (1024, 0.678)])
+def test_row_and_column_means_are_whole_on_every_rank(ranks: int, share: float) -> None:
+    """Against AdamW's moments, of which a rank holds a slice, they are more the more ranks."""
+    built = build_as_one_of(
+        *(ranks, "decllm", "150m"),
+        **{"precision": "fp32", "draw": False, "optimizer": "adafactor", "factored": True},
+        beta1=0.0,
+    )
+    found = built.states / (2 * built.slices)
+    print(f"{ranks} ranks: {built.states:,} bytes, {found:.4%} of AdamW's {2 * built.slices:,}")
+    assert found == pytest.approx(share, rel=0.01)
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_8b_builds_in_slices(arch: str) -> None:
     # In fp32, where a parameter's slice and its master are of one size.
