@@ -78,6 +78,25 @@ def test_one_file_holds_the_model_that_was_scored(
     assert all(torch.equal(whole[name].bfloat16(), half[name]) for name in whole)
 
 
+def test_a_universal_checkpoint_holds_the_weights_and_the_moments(
+    run: Path, tmp_path: Path
+) -> None:
+    """DeepSpeed itself goes on from one in tests/distributed/test_universal.py."""
+    dispatch(["export", str(run), "--output", str(tmp_path / "own")])
+    out = tmp_path / "universal"
+    dispatch(["export", str(run), "--output", str(out), "--format", "universal"])
+    zero = out / (out / "latest_universal").read_text() / "zero"
+    for name, weights in load_file(tmp_path / "own" / "model.safetensors").items():
+        held = {file.stem: torch.load(file) for file in (zero / name).iterdir()}
+        assert torch.equal(held["fp32"]["param"], weights), name
+        assert held["step"] == 4
+        assert held["exp_avg"]["param"].any(), name
+        assert (held["exp_avg_sq"]["param"] >= 0).all(), name
+    other = ["--output", str(tmp_path / "x"), "--format", "universal", "--dtype", "bf16"]
+    with pytest.raises(UserError, match="dtype='bf16': a universal checkpoint holds fp32"):
+        dispatch(["export", str(run), *other])
+
+
 @torch.no_grad()
 def test_transformers_llama_gives_the_same_logits(
     run: Path, shards_dir: Path, tmp_path: Path
