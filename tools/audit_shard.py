@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -17,6 +16,7 @@ from pipeline.data.shards import (
     CHUNK_BYTES,
     SampleLayout,
     checksums,
+    key_prefix,
     member_head,
 )
 from tools.audit_place import Place
@@ -128,11 +128,6 @@ def read_shard(
         result.bytes += len(rest)
     if digest.hexdigest() != shard.sha256:
         result.add(f"sha256 is {digest.hexdigest()}, the manifest says {shard.sha256}")
-
-
-def key_prefix(path: PurePosixPath) -> str:
-    """What the keys of a shard begin with: its file's name after `shard-`."""
-    return re.sub(r"^shard-", "", path.name).removesuffix(".tar")
 
 
 def _arrays(data: bytes, layout: SampleLayout) -> dict[str, np.ndarray]:

@@ -46,7 +46,7 @@ class BlockPacker:
             part = len(self.shards)
             name = f"shard-{self._task:06d}-{part:03d}.tar"
             path = self._output / self._split / self._source / name
-            self._writer = ShardWriter(path, self._layout, f"{self._task:06d}-{part:03d}")
+            self._writer = ShardWriter(path, self._layout)
         self._writer.add({self._layout.members[0].name: self._block})
         self._tokens += self._filled
         self._documents += len(self._ends)

@@ -84,7 +84,7 @@ class FlanWriter:
         if self._writer is None:
             part = len(self._shards)
             path = self._folder / self._split / self._source / f"shard-000000-{part:03d}.tar"
-            self._writer = ShardWriter(path, self._layout, f"000000-{part:03d}")
+            self._writer = ShardWriter(path, self._layout)
         inputs = np.full(self._room["inputs.npy"], self._pad, np.int64)
         targets = np.full(self._room["targets.npy"], self._pad, np.int64)
         offsets = np.zeros(self._layout.by_name["offsets.npy"].shape, np.int32)
@@ -134,7 +134,7 @@ class _ShardRows:
     """One open shard and the number of rows before each of its samples."""
 
     def __init__(self, file: Path, shard: Shard, layout: SampleLayout) -> None:
-        self.reader = ShardReader(file, layout, shard.samples)
+        self.reader = ShardReader(file, layout, shard.samples, shard.path)
         # Every row has at least [EOD] for a target, so its targets' offsets tell it from none.
         counts = [
             int(np.count_nonzero(np.diff(self.reader.read(sample, "offsets.npy")[:, 1])))
@@ -207,7 +207,7 @@ class FlanStore:
         """Most tokens of inputs and targets together in any row."""
         longest = 0
         for shard in self._shards:
-            reader = ShardReader(self._file_of(shard), self._layout, shard.samples)
+            reader = ShardReader(self._file_of(shard), self._layout, shard.samples, shard.path)
             for sample in range(shard.samples):
                 offsets = reader.read(sample, "offsets.npy")
                 longest = max(longest, int(np.diff(offsets, axis=0).sum(1).max(initial=0)))

@@ -145,7 +145,9 @@ class ShardTable:
 
     def _open(self, shard: int) -> ShardReader:
         described = self._shards[shard]
-        reader = ShardReader(self._file_of(described), self._layout, described.samples)
+        reader = ShardReader(
+            self._file_of(described), self._layout, described.samples, described.path
+        )
         self._readers[shard] = reader
         self._opened.append(shard)
         if len(self._opened) > self._most_open:

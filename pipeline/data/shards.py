@@ -19,7 +19,7 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 
 import numpy as np
 import xxhash
@@ -125,14 +125,19 @@ class WrittenShard:
     sha256: str
 
 
+def key_prefix(path: PurePath) -> str:
+    """What the keys of a shard's samples begin with: its file's name without `shard-`."""
+    return path.name.removeprefix("shard-").removesuffix(".tar")
+
+
 class ShardWriter:
     """Writes one shard under a temporary name; `close` renames it into place."""
 
-    def __init__(self, path: Path, layout: SampleLayout, key_prefix: str) -> None:
+    def __init__(self, path: Path, layout: SampleLayout) -> None:
         self.path = path
         self.layout = layout
         self.samples = 0
-        self._key_prefix = key_prefix
+        self._key_prefix = key_prefix(path)
         self._hash = hashlib.sha256()
         make_folder(path.parent)
         self._partial = partial_path(path)
@@ -183,15 +188,24 @@ class ShardWriter:
 class ShardReader:
     """Memory-mapped, verified slices of one shard.
 
+    Args:
+        path: of the file.
+        layout: of its samples.
+        samples: how many the manifest says.
+        name: the shard's path in the manifest; by default `path` is called like the shard.
+
     Attributes:
         view, words64, ids: the whole file as bytes, as 8-byte words, and as items of the first
             member's dtype; unverified.
 
     Raises:
-        CorruptShardError: the file is absent, has another size, or does not begin like a sample.
+        CorruptShardError: the file is absent, has another size, does not begin like a sample, or
+            is another shard's.
     """
 
-    def __init__(self, path: Path, layout: SampleLayout, samples: int) -> None:
+    def __init__(
+        self, path: Path, layout: SampleLayout, samples: int, name: str | None = None
+    ) -> None:
         self.path = path
         self.layout = layout
         self.samples = samples
@@ -221,6 +235,13 @@ class ShardReader:
             raise CorruptShardError(
                 f"shard {path}: byte {begin} is not the header of an array of {first.shape} "
                 f"{first.dtype}; restore it or tokenise again"
+            )
+        # A shard of the same size in this one's place would pass every checksum.
+        key = f"{key_prefix(PurePosixPath(name or path))}-{0:06d}"
+        if samples and self.key(0) != key:
+            raise CorruptShardError(
+                f"shard {path}: its first sample is {self.key(0)!r} instead of {key!r}: the file "
+                "is another shard's, or damaged; restore it or tokenise again"
             )
 
     def key(self, sample: int) -> str:

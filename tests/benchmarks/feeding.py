@@ -30,7 +30,7 @@ def make_shards(folder: Path) -> None:
     shards = []
     for number in range(SHARDS):
         name = f"train/random/shard-{number:06d}-000.tar"
-        writer = ShardWriter(folder / name, layout, f"{number:06d}-000")
+        writer = ShardWriter(folder / name, layout)
         for _ in range(BLOCKS // SHARDS):
             writer.add({"tokens.npy": generator.integers(0, 1 << 15, BLOCK_TOKENS, np.uint16)})
         written = writer.close()

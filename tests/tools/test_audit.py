@@ -156,8 +156,7 @@ def rewritten(folder: Path, manifest: Manifest, number: int, ids: np.ndarray) ->
     """The manifest after its shard `number` was replaced by blocks `ids`, hashes included."""
     shard = manifest.shards[number]
     layout = token_layout(manifest.block_tokens, manifest.dtype)
-    prefix = Path(shard.path).stem.removeprefix("shard-")
-    writer = ShardWriter(folder / shard.path, layout, prefix)
+    writer = ShardWriter(folder / shard.path, layout)
     for block in ids:
         writer.add({"tokens.npy": block})
     written = writer.close()

@@ -1,6 +1,7 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,3 +107,22 @@ def test_a_flipped_byte_is_noticed(folder, tmp_path):
     path.write_bytes(content)
     with pytest.raises(CorruptShardError):
         FlanStore(tmp_path / "copy", "train").read(0)
+
+
+def test_shards_that_traded_places_are_refused(folder, tmp_path):
+    import shutil
+
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    rows = FlanStore(folder, "train").manifest.select("train")
+    first, second = next(
+        (copy / a.path, copy / b.path)
+        for a in rows
+        for b in rows
+        if a.bytes == b.bytes and Path(a.path).name < Path(b.path).name
+    )
+    first.rename(tmp_path / "held")
+    second.rename(first)
+    (tmp_path / "held").rename(second)
+    store = FlanStore(copy, "train")
+    with pytest.raises(CorruptShardError, match="is another shard's"):
+        [store.read(index) for index in range(len(store))]

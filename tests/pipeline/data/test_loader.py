@@ -14,6 +14,8 @@ from pipeline.data.tokenizer import load
 from pipeline.options import UserError
 from tools import flan, tokenize_corpus
 
+KEY = r"\d{6}-\d{3}"
+
 
 def independent(shards, split, source):
     """All ids of a source in shard order, padding included, read by tarfile and numpy."""
@@ -85,6 +87,21 @@ def test_a_corrupt_block_is_never_returned(shards, tmp_path):
     with pytest.raises(CorruptShardError, match=r"shard-.*byte"):
         store.read("github", 0)
     store.read("github", 1)
+
+
+def test_shards_that_traded_places_are_never_read(shards, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    store = SequenceStore(copy, "train", 512)
+    rows = store.manifest.select("train", "github")
+    first, second = next(
+        (copy / a.path, copy / b.path) for a in rows for b in rows if a != b and a.bytes == b.bytes
+    )
+    first.rename(tmp_path / "held")
+    second.rename(first)
+    (tmp_path / "held").rename(second)
+    with pytest.raises(CorruptShardError, match=rf"shard .*shard-{KEY}\.tar: .* instead of '{KEY}"):
+        TrainingOrder(store, 1).batch(0, store.total)
 
 
 orders = {

@@ -19,6 +19,7 @@ from pipeline.data.flan import FlanStore
 from pipeline.data.loader import TrainingOrder
 from pipeline.data.manifest import check_folder, read_manifest, write_manifest
 from pipeline.data.sequences import SequenceStore
+from pipeline.data.shards import CHECKSUMS, token_layout
 from pipeline.data.validation import stream_sequences
 from pipeline.options import UserError
 from tests.pipeline.data.s3_server import serving
@@ -228,15 +229,18 @@ def test_no_name_in_a_manifest_writes_outside_the_cache(shards, tmp_path, field,
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/etc/evil", "a/../../evil", "evil/x"])
-def test_no_name_in_a_tar_writes_outside_the_cache(shards, tmp_path, name):
+@pytest.mark.parametrize("member", ["tokens.npy", CHECKSUMS])
+def test_no_name_in_a_tar_writes_outside_the_cache(shards, tmp_path, member, name):
     copy, cache = Path(shutil.copytree(shards, tmp_path / "copy")), tmp_path / "deep" / "cache"
     manifest = read_manifest(copy)
     shard = manifest.select("validation", "github")[0]
-    # The first member under another name, its header's checksum and all hashes right.
+    # A member of the first sample under another name, its header's checksum and all hashes right.
     content = bytearray((copy / shard.path).read_bytes())
-    info = tarfile.TarInfo.frombuf(content[:512], "ascii", "strict")
-    info.name = f"{name}.tokens.npy"
-    content[:512] = info.tobuf(tarfile.USTAR_FORMAT)
+    layout = token_layout(manifest.block_tokens, manifest.dtype)
+    at = layout.data_offset[member] - len(layout.by_name[member].header) - 512
+    info = tarfile.TarInfo.frombuf(content[at : at + 512], "ascii", "strict")
+    info.name = f"{name}.{member}"
+    content[at : at + 512] = info.tobuf(tarfile.USTAR_FORMAT)
     (copy / shard.path).write_bytes(content)
     hostile = replace(shard, sha256=hashlib.sha256(content).hexdigest())
     shards_now = tuple(hostile if one is shard else one for one in manifest.shards)
@@ -244,11 +248,14 @@ def test_no_name_in_a_tar_writes_outside_the_cache(shards, tmp_path, name):
     before = set(tmp_path.rglob("*"))
     folder = remote.local_folder(f"file://{copy}", str(cache), 1.0)
     store = SequenceStore(folder, "validation", 128)
-    # Offsets are arithmetic: names are not even looked at.
-    assert np.array_equal(
-        store.read("github", 0)[0], SequenceStore(shards, "validation", 128).read("github", 0)[0]
-    )
-    with pytest.raises(UserError, match="is not what was written"):
+    if member == CHECKSUMS:
+        # Offsets are arithmetic: no name but the first, which tells shards apart, is looked at.
+        expected = SequenceStore(shards, "validation", 128).read("github", 0)[0]
+        assert np.array_equal(store.read("github", 0)[0], expected)
+    else:
+        with pytest.raises(UserError, match="is another shard's"):
+            store.read("github", 0)
+    with pytest.raises(UserError, match=r"is not what was written|is another shard's"):
         stream_sequences(store, [("github", 0)])
     new = {path for path in tmp_path.rglob("*") if cache not in path.parents} - before
     assert new == {tmp_path / "deep", cache}

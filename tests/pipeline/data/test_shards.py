@@ -18,9 +18,11 @@ from pipeline.data.shards import (
     token_layout,
 )
 
+KEY = "000007-001"
+
 
 def write(path, layout, blocks):
-    writer = ShardWriter(path, layout, "000000-000")
+    writer = ShardWriter(path, layout)
     for block in blocks:
         writer.add({"tokens.npy": block})
     return writer.close()
@@ -30,7 +32,7 @@ def write(path, layout, blocks):
 def shard(tmp_path):
     layout = token_layout(5000, "uint16")
     blocks = np.random.default_rng(0).integers(0, 60_000, (3, 5000)).astype(np.uint16)
-    path = tmp_path / "train" / "shard.tar"
+    path = tmp_path / "train" / f"shard-{KEY}.tar"
     return path, layout, blocks, write(path, layout, blocks)
 
 
@@ -40,16 +42,16 @@ def test_any_tar_reader_finds_the_arrays_and_their_checksums(shard):
         members = {m.name: np.load(io.BytesIO(tar.extractfile(m).read())) for m in tar}
         assert all(m.mtime == 0 for m in tar.getmembers())
     assert list(members) == [
-        f"000000-000-{i:06d}.{name}" for i in range(3) for name in ("tokens.npy", "xxh3.npy")
+        f"{KEY}-{i:06d}.{name}" for i in range(3) for name in ("tokens.npy", "xxh3.npy")
     ]
     for index, block in enumerate(blocks):
-        assert np.array_equal(members[f"000000-000-{index:06d}.tokens.npy"], block)
+        assert np.array_equal(members[f"{KEY}-{index:06d}.tokens.npy"], block)
         data = block.tobytes()
         expected = [
             xxhash.xxh3_64_intdigest(data[i : i + CHUNK_BYTES])
             for i in range(0, len(data), CHUNK_BYTES)
         ]
-        assert members[f"000000-000-{index:06d}.xxh3.npy"].tolist() == expected
+        assert members[f"{KEY}-{index:06d}.xxh3.npy"].tolist() == expected
     assert path.stat().st_size == written.bytes == layout.shard_bytes(3)
 
 
@@ -58,7 +60,7 @@ def test_webdataset_reads_it(shard):
 
     path, _, blocks, _ = shard
     samples = list(webdataset.WebDataset(str(path), shardshuffle=False).decode())
-    assert [sample["__key__"] for sample in samples] == [f"000000-000-{i:06d}" for i in range(3)]
+    assert [sample["__key__"] for sample in samples] == [f"{KEY}-{i:06d}" for i in range(3)]
     assert all(np.array_equal(s["tokens.npy"], b) for s, b in zip(samples, blocks, strict=True))
 
 
@@ -78,7 +80,7 @@ def test_a_slice_is_a_slice(tmp_path_factory, sample, start, count):
 @given(st.integers(0, 9999), st.integers(1, 255))
 @settings(deadline=None, max_examples=30)
 def test_a_flipped_byte_is_named_and_only_where_it_is_read(tmp_path_factory, byte, flip):
-    path = tmp_path_factory.mktemp("flip") / "shard.tar"
+    path = tmp_path_factory.mktemp("flip") / f"shard-{KEY}.tar"
     layout = token_layout(5000, "uint16")
     write(path, layout, np.arange(10_000, dtype=np.uint16).reshape(2, 5000))
     position = layout.sample_bytes + layout.data_offset["tokens.npy"] + byte
@@ -96,7 +98,7 @@ def test_a_flipped_byte_is_named_and_only_where_it_is_read(tmp_path_factory, byt
         with pytest.raises(CorruptShardError) as caught:
             reader.read(1, "tokens.npy", start, 500)
         assert str(path) in str(caught.value)
-        assert "000000-000-000001" in str(caught.value)
+        assert f"{KEY}-000001" in str(caught.value)
         named = int(re.search(r"byte (\d+) of the file", str(caught.value)).group(1))
         assert named <= position < named + CHUNK_BYTES
 
@@ -123,10 +125,27 @@ def test_truncated_absent_or_another_shard_is_refused(shard, tmp_path):
         ShardReader(path, layout, 3)
 
 
+def test_another_shard_of_the_same_size_is_refused_by_name(shard, tmp_path):
+    path, layout, blocks, _ = shard
+    other = tmp_path / "train" / "shard-000008-000.tar"
+    write(other, layout, blocks[::-1])
+    told = (
+        r"shard-000007-001\.tar: its first sample is '000008-000-000000' instead of '000007-001-0"
+    )
+    ShardReader(path, layout, 3)
+    other.replace(path)
+    with pytest.raises(CorruptShardError, match=told):
+        ShardReader(path, layout, 3)
+    # In a cache files have other names than in the manifest.
+    ShardReader(path, layout, 3, "train/github/shard-000008-000.tar")
+    with pytest.raises(CorruptShardError, match="instead of '000009-000-"):
+        ShardReader(path, layout, 3, "train/github/shard-000009-000.tar")
+
+
 def test_rows_of_a_second_member_are_verified_too(tmp_path):
     layout = SampleLayout([Member("a.npy", "int32", (7,)), Member("b.npy", "int32", (2000, 2))])
     a, b = np.arange(7, dtype=np.int32), np.arange(4000, dtype=np.int32).reshape(2000, 2)
-    writer = ShardWriter(tmp_path / "x.tar", layout, "k")
+    writer = ShardWriter(tmp_path / "x.tar", layout)
     writer.add({"a.npy": a, "b.npy": b})
     writer.close()
     reader = ShardReader(tmp_path / "x.tar", layout, 1)
@@ -141,7 +160,7 @@ def test_rows_of_a_second_member_are_verified_too(tmp_path):
 
 
 def test_nothing_appears_under_the_name_before_close(tmp_path):
-    writer = ShardWriter(tmp_path / "x.tar", token_layout(8, "uint16"), "k")
+    writer = ShardWriter(tmp_path / "x.tar", token_layout(8, "uint16"))
     writer.add({"tokens.npy": np.zeros(8, np.uint16)})
     assert not (tmp_path / "x.tar").exists()
     writer.abort()
