@@ -107,10 +107,11 @@ class TrainingOrder:
         source, number = self.mixture.locate(positions)
         epoch, inside = np.divmod(number, self._sizes[source])
         index = np.empty_like(inside)
-        for s in np.unique(source):
-            for e in np.unique(epoch[source == s]):
+        # Sets: np.unique imports numpy.ma, a third of what a first batch takes.
+        for s in sorted(set(source.tolist())):
+            for e in sorted(set(epoch[source == s].tolist())):
                 chosen = (source == s) & (epoch == e)
-                index[chosen] = self._orders[s].locate(int(e), inside[chosen])
+                index[chosen] = self._orders[s].locate(e, inside[chosen])
         return source, epoch, index
 
     def epochs(self, position: int) -> dict[str, float]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from heapq import heappop, heappush, heappushpop
 
 import numpy as np
 
@@ -49,18 +49,20 @@ def quota_sequence(quanta: np.ndarray) -> np.ndarray:
     number = np.concatenate([np.arange(count) for count in quanta])
     release = number * PERIOD // quanta[source]
     deadline = -(-(number + 1) * PERIOD // quanta[source])
-    by_release = np.argsort(release, kind="stable")
     # One integer orders the queue: the deadline first, then the source.
-    urgency = (deadline * len(quanta) + source)[by_release].tolist()
-    released = np.searchsorted(release[by_release], np.arange(PERIOD), side="right").tolist()
+    urgency = deadline * len(quanta) + source
+    coming = iter(urgency[np.argsort(release, kind="stable")].tolist())
     sequence: list[int] = []
     queue: list[int] = []
-    taken = 0
-    for slot in range(PERIOD):
-        while taken < released[slot]:
-            heapq.heappush(queue, urgency[taken])
-            taken += 1
-        sequence.append(heapq.heappop(queue))
+    for released in np.bincount(release, minlength=PERIOD).tolist():
+        if not released:
+            sequence.append(heappop(queue))
+            continue
+        while released > 1:
+            heappush(queue, next(coming))
+            released -= 1
+        # Mostly one comes and one goes, which is one operation on the queue.
+        sequence.append(heappushpop(queue, next(coming)))
     return (np.array(sequence) % len(quanta)).astype(np.uint16)
 
 
@@ -146,7 +148,7 @@ class StagedMixture:
             return self._mixtures[0].locate(positions)
         stage = np.searchsorted(self._begins, positions, side="right") - 1
         source, number = np.empty_like(positions), np.empty_like(positions)
-        for index in np.unique(stage).tolist():
+        for index in sorted(set(stage.tolist())):
             chosen = stage == index
             mine, count = self._mixtures[index].locate(positions[chosen] - self._begins[index])
             source[chosen], number[chosen] = mine, count + self._base[index, mine]

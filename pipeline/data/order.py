@@ -114,11 +114,11 @@ class WindowedOrder:
             return self._whole(positions)
         located = np.empty_like(positions)
         windows = np.searchsorted(self._window_ends, positions, side="right")
-        for window in np.unique(windows):
+        for window in sorted(set(windows.tolist())):
             chosen = windows == window
             begin = 0 if window == 0 else int(self._window_ends[window - 1])
             size = int(self._window_ends[window]) - begin
-            inside = Permutation(size, derive_key(self._seed, epoch, int(window) + 1))
+            inside = Permutation(size, derive_key(self._seed, epoch, window + 1))
             located[chosen] = begin + inside(positions[chosen] - begin)
         # From the permuted sequence of shards back to the samples' own numbers.
         rank = np.searchsorted(self._shard_ends, located, side="right")

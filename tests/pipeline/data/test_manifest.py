@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -108,3 +109,33 @@ def test_a_finished_folder_that_lost_a_shard_is_not_called_complete(
     (copy / read_manifest(copy).shards[3].path).unlink()
     with pytest.raises(UserError, match="is missing; restore it or tokenise again"):
         tokenize_corpus.run(options)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": {"fraction": 1e-05, "large": 1e22, "whole": 2.0}},
+        {"settings": {"text_field": "文\u2028"}},
+        {"inputs": (Input("name-\udc80.jsonl", 1, "0", 1, 1, {}, 0),)},
+    ],
+)
+def test_rare_names_and_numbers_come_back(tmp_path, change):
+    written = replace(manifest(), **change)
+    write_manifest(tmp_path, written)
+    found = read_manifest(tmp_path)
+    assert found == written
+    # The fingerprint that was read is the one that would be worked out.
+    assert found.fingerprint == replace(found).fingerprint == written.fingerprint
+
+
+def test_rows_with_other_fields_are_refused(tmp_path):
+    for rows, field in (("shards", "tokens"), ("inputs", "truncated")):
+        write_manifest(tmp_path, manifest())
+        fields = json.loads((tmp_path / "manifest.json").read_text())
+        fields.pop("fingerprint")
+        fields[rows][0].pop(field)
+        canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+        fields["fingerprint"] = hashlib.sha256(canonical.encode()).hexdigest()
+        (tmp_path / "manifest.json").write_text(json.dumps(fields))
+        with pytest.raises(UserError, match="fingerprint"):
+            read_manifest(tmp_path)

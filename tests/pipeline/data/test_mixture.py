@@ -1,9 +1,17 @@
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.mixture import PERIOD, Mixture, StagedMixture, quantise, quota_sequence
+
+# SHA-256 of the sequences of these weights, which runs that have begun go on with.
+MADE_BEFORE = {
+    (878, 175, 59, 26, 28, 24, 20): "97679bd472694749",
+    (3, 1, 1e-9): "15bb76e3f0ba8426",
+}
 
 weights = st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), min_size=1, max_size=9).filter(
     lambda values: sum(values) > 0
@@ -22,6 +30,13 @@ def test_quanta_are_the_nearest():
     assert quantise([1, 1]).tolist() == [PERIOD // 2] * 2
     exact = np.array([878, 175, 59, 26, 28, 24, 20]) / 1210 * PERIOD
     assert np.abs(quantise([878, 175, 59, 26, 28, 24, 20]) - exact).max() < 1
+
+
+@pytest.mark.parametrize("given_weights", MADE_BEFORE)
+def test_sequences_never_change_between_versions(given_weights):
+    sequence = quota_sequence(quantise(given_weights)).astype("<u2")
+    digest = hashlib.sha256(sequence.tobytes()).hexdigest()
+    assert digest[:16] == MADE_BEFORE[given_weights]
 
 
 @settings(max_examples=25, deadline=None)

@@ -11,17 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.loader import TrainingOrder
-from pipeline.data.manifest import Manifest, Shard, TokenizerInfo, write_manifest
 from pipeline.data.mixture import StagedMixture
 from pipeline.data.natural import NaturalMixture
 from pipeline.data.sequences import SequenceStore
-
-# Billions of tokens of RedPajama's subsets; a shard of 1 GiB holds 4,000 blocks of 131,072 ids.
-REDPAJAMA = {
-    "common_crawl": 878, "c4": 175, "github": 59, "book": 26, "arxiv": 28, "wikipedia": 24,
-    "stackexchange": 20,
-}  # fmt: skip
-BLOCK, SHARD_BLOCKS = 131_072, 4000
+from tests.pipeline.data.manifests import redpajama
 
 sizes = st.lists(
     st.one_of(st.integers(0, 9), st.integers(0, 2000)), min_size=1, max_size=9
@@ -93,24 +86,6 @@ def test_a_stage_of_weights_follows_a_natural_one() -> None:
     assert np.bincount(source[20:]).tolist() == [10, 30]
     assert number[source == 1].tolist() == list(range(35))
     assert mixture.counts(60) == {"a": 25, "b": 35}
-
-
-def redpajama(folder: Path, extra: dict[str, int]) -> None:
-    """A manifest of RedPajama's size, of absent shards, and of `extra` tokens of others."""
-    rows = [
-        Shard(
-            f"train/{name}/shard-{number:06d}-000.tar", "train", name, SHARD_BLOCKS,
-            SHARD_BLOCKS * BLOCK, 9, 9, SHARD_BLOCKS * 264_192, "0" * 64,
-        )
-        for name, billions in sorted(REDPAJAMA.items())
-        for number in range(billions * 10**9 // (BLOCK * SHARD_BLOCKS) + 1)
-    ]  # fmt: skip
-    rows += [
-        Shard(f"train/{name}/shard-999999-000.tar", "train", name, 1, tokens, 9, 9, 1, "0" * 64)
-        for name, tokens in extra.items()
-    ]
-    info = TokenizerInfo("0" * 64, 1 << 15, {"pad": 0, "bos": 1, "eod": 2})
-    write_manifest(folder, Manifest("tokens", "uint16", BLOCK, info, {}, tuple(rows), ()))
 
 
 def test_a_tiny_source_beside_redpajama_comes_once_a_pass(tmp_path: Path) -> None:
