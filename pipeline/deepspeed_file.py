@@ -37,6 +37,15 @@ ZERO_KEYS: dict[str, tuple[int, ...]] = {
     "offload_optimizer": (1, 2, 3),
     "offload_param": (3,),
 }
+# Of reading and writing NVMe disks, to which DeepSpeed does not hold a file.
+AIO_TYPES: dict[str, type] = {
+    "block_size": int,
+    "queue_depth": int,
+    "intra_op_parallelism": int,
+    "single_submit": bool,
+    "overlap_events": bool,
+    "use_gds": bool,
+}
 OFFLOAD_DEVICES = ("cpu", "nvme")
 
 
@@ -65,6 +74,7 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
             "there"
         )
     problems += zero_problems(zero)
+    problems += aio_problems(settings.get("aio", {}))
     if problems:
         raise UserError(f"ds_config={path!r}: {'; '.join(problems)}")
     return dict(settings)
@@ -101,6 +111,19 @@ def _offload_problems(section: str, offload: Any) -> Iterable[str]:
         yield f"{section}.device={device!r}; give cpu or nvme, or leave the section out"
     elif device == "nvme" and not offload.get("nvme_path"):
         yield f"{section}.nvme_path is missing; give a folder on a local disk"
+
+
+def aio_problems(aio: Any) -> Iterable[str]:
+    """What is wrong with an aio section."""
+    known = ", ".join(sorted(AIO_TYPES))
+    if not isinstance(aio, Mapping):
+        yield f"aio={aio!r}; give a section of {known}"
+        return
+    for key, value in sorted(aio.items()):
+        if key not in AIO_TYPES:
+            yield f"aio.{key} is not supported; give only {known}"
+        elif type(value) is not AIO_TYPES[key]:
+            yield f"aio.{key}={value!r}; give a value of type {AIO_TYPES[key].__name__}"
 
 
 def zero_stage(settings: Mapping[str, Any]) -> int:

@@ -156,32 +156,60 @@ def test_so_do_other_optimizers(
     check_every_layout(tmp_path, worlds, optimizer, "fp32", 1e-5)
 
 
-def offloaded_legs(target: Path) -> list[list[float]]:
-    """On this rank, with states in CPU memory: three steps, a save, three more; those again."""
+def offloaded_legs(
+    target: Path, stage: int, optimizer: str, precision: str, zero: dict[str, Any]
+) -> list[list[float]]:
+    """On this rank, with states in CPU memory: three steps, a save, three more; those again, with
+    the states there and then on the device."""
     from pipeline import checkpoint, distributed
 
     world = distributed.start(timeout_seconds=60, threads=1)
-    zero = {"offload_optimizer": {"device": "cpu"}}
-    engine = engine_at(3, "factored", "fp32", 0, zero=zero)
+    engine = engine_at(stage, optimizer, precision, 0, zero=dict(zero))
     train(engine, range(3))
     checkpoint.save(engine, target, world, {"step": 3})
     found = [train(engine, range(3, 6))]
     for seed, changes in enumerate((zero, {}), start=1):
-        engine = engine_at(3, "factored", "fp32", seed, zero=changes)
+        engine = engine_at(stage, optimizer, precision, seed, zero=dict(changes))
         checkpoint.load(engine, target / "step_3", world)
         checkpoint.save(engine, target / f"again-{seed}", world, {"step": 3})
         found.append(train(engine, range(3, 6)))
     return found
 
 
-def test_states_in_cpu_memory_are_saved_and_loaded_alike(tmp_path: Path) -> None:
-    whole, offloaded, not_offloaded = run_ranks(offloaded_legs, 2, tmp_path)[0]
-    assert offloaded == whole
-    assert not_offloaded == pytest.approx(whole, rel=1e-5)
-    from pipeline.checkpointing.folder import digest
+def check_offloaded(
+    folder: Path, stage: int, optimizer: str, precision: str, zero: dict[str, Any], rel: float
+) -> None:
+    """What was saved from CPU memory is loaded into it, and out of it, as it was."""
+    from pipeline.checkpointing.folder import digest, read_state
 
+    asked = (folder, stage, optimizer, precision, zero)
+    whole, offloaded, not_offloaded = run_ranks(offloaded_legs, 2, *asked)[0]
+    assert offloaded == whole
+    assert not_offloaded == pytest.approx(whole, rel=rel)
+    saved = folder / "step_3"
+    assert any(key.startswith("optimizer/") for key in digest(saved))
     for seed in (1, 2):
-        assert digest(tmp_path / f"again-{seed}" / "step_3") == digest(tmp_path / "step_3")
+        again = folder / f"again-{seed}" / "step_3"
+        assert digest(again) == digest(saved)
+        assert read_state(again)["optimizer"] == read_state(saved)["optimizer"]
+
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+
+def test_states_in_cpu_memory_are_saved_and_loaded_alike(tmp_path: Path) -> None:
+    check_offloaded(tmp_path, 3, "factored", "fp32", OFFLOAD, 1e-5)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("optimizer", "stage"),
+    [("adamw", 1), ("factored", 2), ("adafactor", 3), ("muon", 2), ("muon", 3)],
+)
+def test_so_are_masters_of_bf16_in_cpu_memory(optimizer: str, stage: int, tmp_path: Path) -> None:
+    """At stage 3 with the parameters there too."""
+    zero = OFFLOAD | ({"offload_param": {"device": "cpu"}} if stage == 3 else {})
+    check_offloaded(tmp_path, stage, optimizer, "bf16", zero, 2e-2)
 
 
 @pytest.mark.soak
@@ -192,6 +220,6 @@ def test_all_ranks_and_stages(optimizer: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_so_do_masters_of_bf16(optimizer: str, tmp_path: Path) -> None:
     check_every_layout(tmp_path, {1: (3,), 3: (1, 2)}, optimizer, "bf16", 2e-2)

@@ -6,14 +6,18 @@ import math
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.distributed.entry import flags, flip_a_bit, losses, records, run_entry
+from pipeline.run_folder import RunFolder
+from tests.distributed.entry import argv, flags, flip_a_bit, losses, records, run_entry, train
+from tests.distributed.harness import run_ranks
 from tests.distributed.parity import Case
 from tests.distributed.plain_training import plain
 
 pytestmark = pytest.mark.distributed
+PEAK = 1e8  # FLOP/s
 # What every line of metrics.jsonl says; the conventions of FLOPs by their names.
 METRICS = {
     *("step", "attempt", "loss", "z_loss", "perplexity", "loss_by_source", "grad_norm", "lr"),
@@ -38,9 +42,24 @@ def test_every_number_of_ranks_sees_the_same_batches_and_gives_plain_pytorchs_lo
     assert len({line[2] for line in ledgers[0]}) == 4
 
 
+def at_a_peak(words: list[str], peak: float) -> str:
+    """Train on this rank, a device that reaches `peak` FLOP/s."""
+    from pipeline.callbacks import records
+
+    records.dense_peak = lambda *_: peak
+    return train(words)
+
+
 def test_a_run_folder_holds_what_it_promises(shards_dir: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    run_entry("pretrain", 2, flags(run, shards_dir, eval_every=2, checkpoint_every=2))
+    changes = {"checkpoint_every": 2, "keep_checkpoints": 1, "keep_every": 3}
+    changes |= {
+        "log_spaced_checkpoints": 1,
+        "eval_every": 2,
+        "model.activation_checkpointing": "true",
+    }
+    asked = flags(run, shards_dir, **changes)
+    assert run_ranks(at_a_peak, 2, argv(asked), PEAK) == ["", ""]
     assert (run / "FINISHED").exists()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -50,8 +69,7 @@ def test_a_run_folder_holds_what_it_promises(shards_dir: Path, tmp_path: Path) -
     metrics = records(run, "metrics.jsonl")
     assert all(r.keys() >= METRICS for r in metrics)
     assert [r["step"] for r in metrics] == [1, 2, 3, 4, 5, 6]
-    assert metrics[-1]["processed_tokens"] == metrics[-1]["loss_tokens"] == 6 * 12 * 16
-    assert metrics[-1]["flops_model_causal"] == pytest.approx(6 * metrics[0]["flops_model_causal"])
+    check_rates_and_counts(RunFolder(run), metrics)
     last = metrics[-1]
     spent = sum(last[f"{part}_seconds"] for part in ("data", "forward", "backward", "step"))
     assert spent == pytest.approx(last["seconds"], rel=0.1)
@@ -70,11 +88,40 @@ def test_a_run_folder_holds_what_it_promises(shards_dir: Path, tmp_path: Path) -
     assert [(r["step"], r["final"]) for r in evals] == [(2, False), (4, False), (6, True)]
     assert evals[-1]["loss"] < evals[0]["loss"]
     assert evals[-1]["eval_tokens"] == 10 * 8
-    # keep_checkpoints is 2.
+    # The last and best one, those of every third step, and one for each factor of ten of steps.
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert names == ["BEST.json", "step_4", "step_6"]
+    assert names == ["BEST.json", "step_1", "step_3", "step_6"]
     saved = records(run, "checkpoints.jsonl")
-    assert [(r["step"], r["event"]) for r in saved] == [(s, "saved") for s in (2, 4, 6)]
+    assert [(r["step"], r["event"]) for r in saved] == [(s, "saved") for s in (1, 2, 3, 4, 6)]
+
+
+def check_rates_and_counts(folder: RunFolder, metrics: list[dict[str, Any]]) -> None:
+    """Of a run of `flags` on two ranks at PEAK: what a line says of its step and of all so far."""
+    from models.config import ModelConfig
+    from models.flops import training_flops
+
+    document = folder.read_config()
+    sequence = training_flops(ModelConfig(**document["model"]), seq_len=16)
+    each = {
+        "6n": 6 * document["parameters"]["non_embedding"] * 16,
+        "model_causal": sequence.model_causal,
+        "model_full": sequence.model_full,
+        "hardware": sequence.hardware,
+    }
+    assert len(set(each.values())) == 4
+    for line in metrics:
+        step, seconds = line["step"], line["seconds"]
+        for name, flops in each.items():
+            assert line[f"flops_{name}"] == pytest.approx(step * 12 * flops)
+        assert line["processed_tokens"] == line["loss_tokens"] == step * 12 * 16
+        # seconds are written to the microsecond.
+        assert line["tokens_per_second"] == pytest.approx(12 * 16 / seconds, rel=1e-3)
+        assert line["tokens_per_second_per_device"] == pytest.approx(6 * 16 / seconds, rel=1e-3)
+        share = 12 * sequence.model_causal / seconds / (2 * PEAK)
+        assert line["mfu"] == pytest.approx(share, rel=1e-3)
+        # From its peak by half a cosine to a tenth of it.
+        height = (1 + math.cos(math.pi * (step - 1) / 5)) / 2
+        assert line["lr"] == pytest.approx(0.01 * (0.1 + 0.9 * height))
 
 
 def test_evaluation_is_the_same_on_any_world_and_for_any_cut(

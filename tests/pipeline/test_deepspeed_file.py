@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.deepspeed_file import ZERO_KEYS, read_deepspeed_file, run_problems
+from pipeline.deepspeed_file import AIO_TYPES, ZERO_KEYS, read_deepspeed_file, run_problems
 from pipeline.options import UserError
 
 FOLDER = Path("ds_configs")
@@ -47,8 +47,24 @@ def test_deepspeed_knows_every_key_that_we_accept() -> None:
         DeepSpeedZeroConfig(stage=3, stag=1)
 
 
+def test_deepspeed_knows_every_aio_key_that_we_accept() -> None:
+    """It has no schema of them that refuses: what it does not know it leaves out in silence."""
+    from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT, get_aio_config
+
+    assert {key: type(value) for key, value in AIO_DEFAULT_DICT.items()} == AIO_TYPES
+    with_aio = [settings for file in FILES if "aio" in (settings := read_deepspeed_file(str(file)))]
+    assert len(with_aio) == 1
+    for settings in with_aio:
+        assert get_aio_config(settings) == AIO_DEFAULT_DICT | settings["aio"]
+        assert settings["zero_optimization"]["offload_param"]["device"] == "nvme"
+
+
 def zero(stage: int, **keys: object) -> str:
     return json.dumps({"zero_optimization": {"stage": stage, **keys}})
+
+
+def aio(**keys: object) -> str:
+    return json.dumps({"zero_optimization": {"stage": 3}, "aio": keys})
 
 
 @pytest.mark.parametrize(
@@ -67,6 +83,11 @@ def zero(stage: int, **keys: object) -> str:
         (zero(1, offload_optimizer={"device": "disk"}), "offload_optimizer.device='disk'; give"),
         (zero(1, offload_optimizer="cpu"), "offload_optimizer.device=None; give cpu or nvme"),
         (zero(3, offload_param={"device": "nvme"}), "offload_param.nvme_path is missing"),
+        (aio(queue_dept=8), "aio.queue_dept is not supported; give only block_size, intra_op"),
+        (aio(block_size="1M"), "aio.block_size='1M'; give a value of type int"),
+        (aio(queue_depth=True), "aio.queue_depth=True; give a value of type int"),
+        (aio(single_submit=0), "aio.single_submit=0; give a value of type bool"),
+        ('{"zero_optimization": {"stage": 3}, "aio": 1}', "aio=1; give a section of block_size"),
         ("{", "not JSON"),
     ],
 )

@@ -44,7 +44,9 @@ def test_shards_step_as_whole_parameters_do(world_size: int) -> None:
         assert found == pytest.approx([0.0] * len(cases), abs=1e-6)
 
 
-# One choice of each line; AdamW is crossed with all of them in test_parity.py beside this.
+# One choice of each line. AdamW's rows are in test_parity.py beside this: every architecture at
+# every stage with every offload, and over the architectures each of these with every micro_batch
+# and recomputation.
 CHOICES: tuple[tuple[Any, ...], ...] = (
     ("decllm", "redllm", "entp", "ared"),
     ("adafactor", "factored", "muon"),
