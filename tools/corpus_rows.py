@@ -17,6 +17,10 @@ from tools.corpus import source_of_row
 from tools.corpus_streams import Position, open_stream, skip_line
 
 MAX_ROW_BYTES = 64 << 20
+# Of one row: parsed, an empty list of two bytes takes some hundred.
+MAX_VALUES = 1 << 21
+_PART_BYTES = 1 << 16
+_NO_STRUCTURE = bytes(set(range(256)) - set(b'[{,"'))
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -70,9 +74,14 @@ def read_rows(
 
 
 def parse_row(line: bytes, offset: int) -> Row | Reject:
-    """One line of JSON; orjson first, the standard library for what it is too strict about."""
+    """One line of JSON; orjson first, the standard library for what it is too strict about.
+
+    One of more than `MAX_VALUES` lists, objects and commas is not parsed, whatever it is.
+    """
     import orjson
 
+    if len(line) > MAX_VALUES and _has_many_values(line):
+        return Reject(offset, "too many values")
     try:
         fields = orjson.loads(line)
     except orjson.JSONDecodeError:
@@ -84,6 +93,19 @@ def parse_row(line: bytes, offset: int) -> Row | Reject:
     if not isinstance(fields, dict):
         return Reject(offset, "bad JSON")
     return Row(fields, offset)
+
+
+def _has_many_values(line: bytes) -> bool:
+    if sum(map(line.count, (b"[", b"{", b","))) <= MAX_VALUES:
+        return False
+    # A long text may have as many commas: what stands inside of quotes is none.
+    bare = line.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NO_STRUCTURE)
+    found = inside = 0
+    for begin in range(0, len(bare), _PART_BYTES):
+        parts = bare[begin : begin + _PART_BYTES].split(b'"')
+        found += sum(map(len, parts[inside::2]))
+        inside ^= len(parts) - 1 & 1
+    return found > MAX_VALUES
 
 
 def replace_surrogates(text: str) -> tuple[str, int]:

@@ -34,6 +34,12 @@ from tests.tools.tokenising import (
     run_here,
     start,
 )
+from tools.corpus_engine import run_locally
+from tools.corpus_plan import Settings, Task
+from tools.corpus_records import record_path
+from tools.corpus_rows import MAX_VALUES
+from tools.corpus_stage import Stage, _Watcher
+from tools.corpus_step import TaskStep
 from tools.worker_pool import in_order
 
 pytestmark = [pytest.mark.soak, pytest.mark.distributed]
@@ -273,21 +279,25 @@ def test_near_duplicates_leave_one_document_of_each_cluster(model, tmp_path):
     assert manifests[0].fingerprint == manifests[1].fingerprint
 
 
-def peak_mib(corpus, model, folder):
+def peak_mib(corpus, model, folder, *flags):
     """Peak memory of a process that runs one task."""
     (folder / "tasks").mkdir(parents=True)
     shutil.copyfile(model, folder / "tokenizer.model")
     code = (
         "import sys; from pathlib import Path; from tools.corpus_engine import run_locally\n"
         "from tools.corpus_tasks import run_task; from tools.corpus_plan import Settings, Task\n"
-        "given = Settings(131072, 1, 1 << 30, 0.0, 'text', 'x', 64 << 20, 0, None, 'none', '')\n"
+        "import numpy as np; from tools.corpus_decontaminate import Evaluations, keep_evaluations\n"
+        "held = Evaluations(np.array([5], np.uint64), 1, 0)\n"
+        "keep_evaluations(Path(sys.argv[2]), held)\n"
+        "held = held.fingerprint if len(sys.argv) > 3 else ''\n"
+        "given = Settings(131072, 1, 1 << 30, 0.0, 'text', 'x', 64 << 20, 0, None, 'none', held)\n"
         "task = Task(0, 'a', sys.argv[1], 0, Path(sys.argv[1]).stat().st_size, 'x')\n"
         "record = run_task(task, given, Path(sys.argv[2]))\n"
         "print(record.documents, sorted(record.rejects.items()))\n"
         "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(corpus), str(folder)],
+        [sys.executable, "-c", code, str(corpus), str(folder), *flags],
         capture_output=True,
         text=True,
         check=True,
@@ -319,6 +329,50 @@ def test_memory_is_bounded_on_ordinary_documents_and_on_any(model, tmp_path):
     told, peak = peak_mib(long, model, tmp_path / "long")
     assert told == "3 [('row too long', 1)]"
     assert peak < 1024
+
+
+def test_memory_is_bounded_on_rows_of_many_words_or_values(model, tmp_path):
+    generator = random.Random(0)
+    words = [
+        "".join(generator.choices("abcdefghij", k=generator.randint(2, 5))) for _ in range(5000)
+    ]
+    path = tmp_path / "words.jsonl"
+    path.write_text(json.dumps({"text": " ".join(generator.choices(words, k=13_000_000))}) + "\n")
+    told, peak = peak_mib(path, model, tmp_path / "words", "decontaminate")
+    assert told == "1 []"
+    assert peak < 700
+
+    text = b'"' + b"a" * (40 << 20) + b'\\ud83d\\ude00"'
+    held = (
+        b'{"text":' + text + b',"n":NaN,"meta":[' + b'{"a":1},' * (MAX_VALUES // 2 - 8) + b"0]}\n"
+    )
+    path = tmp_path / "values.jsonl"
+    path.write_bytes(b'{"text":"a","meta":[' + b"[]," * (20 << 20) + b"0]}\n" + held)
+    told, peak = peak_mib(path, model, tmp_path / "values")
+    assert told == "1 [('too many values', 1)]"
+    assert peak < 1024
+
+
+def empty_task(task, settings, output, *, in_worker):
+    """Is done."""
+    record_path(output, task.id).write_text("done")
+
+
+def test_the_command_takes_no_longer_for_each_of_more_tasks(tmp_path):
+    seconds = []
+    for count in (200, 2000):
+        names = [f"train/chunk{i % 10}/example_train_{i}.jsonl.zst" for i in range(count)]
+        tasks = [Task(i, name, f"/data/{name}", 0, None, None) for i, name in enumerate(names)]
+        given = Settings(256, 1, 1, 0.0, "text", "x", 1 << 20, 0, None, "none", "")
+        stage = Stage("x", empty_task, record_path, lambda output, task: None)
+        step = TaskStep(empty_task, record_path, tasks, given, tmp_path / str(count))
+        step.prepare()
+        watch = _Watcher(stage, tasks, dict.fromkeys(range(count), 1), step.output, {})
+        started = time.process_time()
+        run_locally(step, 2, watch)
+        seconds.append((time.process_time() - started) / count)
+        assert step.is_told()
+    assert seconds[1] < 2 * seconds[0] + 0.002, seconds
 
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra cluster: ray")

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.options import UserError
+from tools import corpus_rows
 from tools.corpus import find_inputs, source_of_path, source_of_row, told_once
-from tools.corpus_rows import Document, Reject, Row, read_documents, read_rows
+from tools.corpus_rows import Document, Reject, Row, parse_row, read_documents, read_rows
 from tools.corpus_streams import Position
 
 lines = st.lists(
@@ -118,6 +119,50 @@ def test_rows_over_the_limit_are_told_and_nothing_else_moves(tmp_path_factory, l
     ]
     found = [(row.offset, row.reason) for row in read_rows(path, max_row_bytes=limit)]
     assert found == expected
+
+
+json_values = st.recursive(
+    st.one_of(st.integers(), st.text(st.sampled_from('ab,[{"\\n:é'))),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(st.sampled_from('a,[{"\\')), inner),
+    max_leaves=20,
+)
+
+
+def signs_between_values(line):
+    """Letter by letter."""
+    count, inside, escaped = 0, False, False
+    for letter in line:
+        if escaped:
+            escaped = False
+        elif inside:
+            inside, escaped = letter != '"', letter == "\\"
+        else:
+            inside = letter == '"'
+            count += letter in "[{,"
+    return count
+
+
+@settings(deadline=None, max_examples=200)
+@given(value=json_values, ascii=st.booleans(), limit=st.integers(0, 12), part=st.integers(1, 9))
+def test_rows_of_too_many_values_are_told_by_what_stands_outside_of_texts(
+    value, ascii, limit, part
+):
+    line = json.dumps({"text": "x", "meta": value}, ensure_ascii=ascii)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_rows, "MAX_VALUES", limit)
+        patch.setattr(corpus_rows, "_PART_BYTES", part)
+        found = parse_row(line.encode(), 7)
+    if signs_between_values(line) > limit:
+        assert found == Reject(7, "too many values")
+    else:
+        assert found == Row(json.loads(line), 7)
+
+
+def test_a_long_text_may_hold_any_number_of_commas():
+    text = ",[{" * corpus_rows.MAX_VALUES
+    assert parse_row(json.dumps({"text": text}).encode(), 0) == Row({"text": text}, 0)
+    row = b'{"text": "x", "meta": [' + b"0," * corpus_rows.MAX_VALUES + b"0]}"
+    assert parse_row(row, 0) == Reject(0, "too many values")
 
 
 def test_only_utf_8_is_read(tmp_path):
