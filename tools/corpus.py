@@ -64,7 +64,7 @@ class InputFile:
     @property
     def splittable(self) -> bool:
         """Whether a range of its bytes can be read alone."""
-        return self.path.suffix not in (".zst", ".gz")
+        return is_splittable(self.path)
 
     def probe(self) -> str:
         """Checksum of the first and last 64 KiB, hexadecimal: cheap at any size.
@@ -186,6 +186,11 @@ def told_once(files: Sequence[InputFile]) -> str | None:
         f"{len(again)} more {'name' if len(again) == 1 else 'names'} of files that are read once, "
         f"first {name} (the same file as {first.path})"
     )
+
+
+def is_splittable(path: PurePath) -> bool:
+    """Whether ranges of bytes of such a file can be read alone."""
+    return path.suffix not in (".zst", ".gz")
 
 
 def glob_magic(pattern: str) -> bool:

@@ -51,7 +51,7 @@ def run_locally(step: TaskStep, workers: int, watch: Callable[[], None]) -> None
         OSError: the output cannot be written.
     """
     output = step.output
-    _wait_for_orphans(output)
+    wait_for_orphans(output)
     step.prepare()
     logger.disable("datatrove")
     with tempfile.TemporaryDirectory(prefix="isoflop-tokenize-") as logs:
@@ -68,7 +68,7 @@ def run_locally(step: TaskStep, workers: int, watch: Callable[[], None]) -> None
             executor.run()
 
 
-def _wait_for_orphans(output: Path) -> None:
+def wait_for_orphans(output: Path) -> None:
     """Let the workers of a killed command notice that it is gone; they look once a second."""
     deadline = time.monotonic() + _ORPHAN_SECONDS
     while time.monotonic() < deadline:

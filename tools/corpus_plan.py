@@ -7,12 +7,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+from pipeline.data.manifest import FILE_NAME
 from pipeline.options import UserError
-from tools.corpus import InputFile, source_of_path
-from tools.corpus_records import unwritable
+from tools.corpus import InputFile, is_splittable, source_of_path
+from tools.corpus_records import is_begun, unwritable
 
 PLAN_FORMAT = 2
 _REMEDY = "give another --output, or remove this one"
@@ -88,8 +89,14 @@ def plan_tasks(files: list[InputFile], settings: Settings) -> list[Task]:
     return tasks
 
 
-def check_plan(output: Path, plan: dict[str, Any]) -> None:
+def check_plan(output: Path, plan: dict[str, Any]) -> list[str]:
     """Refuse an output that was begun with another tokenizer, other inputs or settings.
+
+    An input of which nothing is in the output yet, as one that was broken and fetched again, may be
+    another if it makes as many tasks.
+
+    Returns:
+        The names of such inputs.
 
     Raises:
         UserError: naming what differs.
@@ -101,20 +108,20 @@ def check_plan(output: Path, plan: dict[str, Any]) -> None:
             raise UserError(
                 f"output={str(output)!r}: holds something else already; give an empty or new folder"
             ) from None
-        return
+        return []
     except ValueError as error:
         raise UserError(
             f"output={str(output)!r}: its tasks/plan.json is damaged ({error}); {_REMEDY}"
         ) from None
     try:
-        _check_same(output, existing, plan)
+        return _check_same(output, existing, plan)
     except (KeyError, TypeError, AttributeError):
         raise UserError(
             f"output={str(output)!r}: its tasks/plan.json is damaged; {_REMEDY}"
         ) from None
 
 
-def _check_same(output: Path, existing: dict[str, Any], plan: dict[str, Any]) -> None:
+def _check_same(output: Path, existing: dict[str, Any], plan: dict[str, Any]) -> list[str]:
     if existing["format"] != plan["format"]:
         raise UserError(f"output={str(output)!r}: was begun by another version; {_REMEDY}")
     if existing.keys() != plan.keys() or existing["settings"].keys() != plan["settings"].keys():
@@ -133,11 +140,33 @@ def _check_same(output: Path, existing: dict[str, Any], plan: dict[str, Any]) ->
     then = {item["name"]: item for item in existing["inputs"]}
     now = {item["name"]: item for item in plan["inputs"]}
     changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
-    if changed:
+    if changed and not _may_change(output, then, now, plan["settings"]["task_bytes"]):
         raise UserError(
             f"input: {output} was begun with other inputs ({len(changed)} differ, first "
             f"{changed[0]}); {_REMEDY}"
         )
+    return changed
+
+
+def _may_change(output: Path, then: dict[str, Any], now: dict[str, Any], task_bytes: int) -> bool:
+    """Whether inputs that differ keep the numbers of all tasks, and nothing was made of them."""
+    if then.keys() != now.keys() or (output / FILE_NAME).exists():
+        return False
+    first = 0
+    for name, item in sorted(now.items()):
+        count = _num_tasks(name, item["size"], task_bytes)
+        if item != then[name]:
+            if count != _num_tasks(name, then[name]["size"], task_bytes):
+                return False
+            if any(is_begun(output, task) for task in range(first, first + count)):
+                return False
+        first += count
+    return True
+
+
+def _num_tasks(name: str, size: int, task_bytes: int) -> int:
+    """See `plan_tasks`."""
+    return max(1, -(-size // task_bytes)) if is_splittable(PurePath(name)) else 1
 
 
 @contextmanager

@@ -115,6 +115,12 @@ def failed_path(output: Path, task: int) -> Path:
     return output / "tasks" / f"{task:06d}.failed"
 
 
+def is_begun(output: Path, task: int) -> bool:
+    """Whether some pass says that it is done with a task: what it read is in the output."""
+    marks = (f"{task:06d}{suffix}" for suffix in (".json", ".hashed", ".signed"))
+    return any((output / "tasks" / name).exists() for name in marks)
+
+
 def unwritable(output: Path, error: OSError) -> UserError:
     """What to tell when the output cannot be written."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)

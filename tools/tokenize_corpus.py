@@ -163,23 +163,23 @@ def tokenise(
     from pipeline.data.encoder import encoder_of
     from tools.corpus_earlier import forget_damaged, refuse_newer_inputs
     from tools.corpus_finaliser import describe, finalise
-    from tools.corpus_plan import plan_path, plan_tasks
+    from tools.corpus_plan import check_plan, plan_path, plan_tasks
     from tools.corpus_stage import TOKENISE, run_stage
     from tools.corpus_tasks import TOKENIZER_FILE
 
     started = time.monotonic()
-    refuse_newer_inputs(output, files)
+    settle(output, options)
+    tasks = plan_tasks(files, settings)
+    # Again, as what was at work until now may have done more.
+    changed = {*check_plan(output, plan), *refuse_newer_inputs(output, files, tasks)}
+    for name in sorted(changed):
+        print(f"tokenize: {name} changed before anything was made of it", file=sys.stderr)
     write_atomically(output / TOKENIZER_FILE, tokenizer.model)
     write_atomically(plan_path(output), json.dumps(plan, indent=1) + "\n")
     engine = encoder_of(tokenizer).engine
     if engine.reason:
         print(f"tokenize: by {engine.name}, slower: {engine.reason}", file=sys.stderr)
-    if options.engine == "slurm":
-        from tools.corpus_slurm import settle_on_slurm
-
-        settle_on_slurm(output, options.detach)
     stored = {file.name: file.size for file in files}
-    tasks = plan_tasks(files, settings)
     sizes = {t.id: stored[t.input] if t.end is None else t.end - t.begin for t in tasks}
     runner = runner_of(options)
     forget_damaged(output, tasks)
@@ -190,6 +190,18 @@ def tokenise(
     refuse_changed(files, plan)
     manifest = finalise(output, tasks, settings, tokenizer, plan["inputs"], options.max_reject_rate)
     print(f"tokenize: {output}: {describe(manifest)} ({time.monotonic() - started:.1f} s)")
+
+
+def settle(output: Path, options: Options) -> None:
+    """Wait for what an earlier command on this folder left at work."""
+    if options.engine == "slurm":
+        from tools.corpus_slurm import settle_on_slurm
+
+        settle_on_slurm(output, options.detach)
+    elif options.engine == "local":
+        from tools.corpus_engine import wait_for_orphans
+
+        wait_for_orphans(output)
 
 
 def refuse_changed(files: list[InputFile], plan: dict[str, Any]) -> None:

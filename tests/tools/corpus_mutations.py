@@ -123,6 +123,7 @@ class Kinds:
         self.tokenizer = load(model)
         self.output = folder / "out"
         (self.output / "tasks").mkdir(parents=True)
+        (self.output / FILE_NAME).touch()  # of a finished folder no input may change
         (self.output / TOKENIZER_FILE).write_bytes(model.read_bytes())
         generator = random.Random(3)
         words = ["word ", "é", "日本", "\\", '"', "\n", "<unk>", "😀", "▁"]

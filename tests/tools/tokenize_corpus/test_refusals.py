@@ -9,6 +9,7 @@ import zstandard
 from pipeline.options import UserError
 from tests.tools.tokenising import content
 from tests.tools.tokenize_corpus.small import line, run
+from tools import corpus_finaliser as finaliser
 from tools import tokenize_corpus, tokenizer
 
 
@@ -51,21 +52,59 @@ def test_a_damaged_plan_is_told_in_one_line(corpus, model, tmp_path, plan):
         run(corpus[0], model, tmp_path / "out")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_broken_input_fails_in_one_line_and_heals(model, tmp_path, workers):
+@pytest.mark.parametrize(
+    "changes", [{"workers": 1}, {"workers": 2}, {"dedup": "exact"}], ids=["one", "two", "dedup"]
+)
+def test_a_broken_input_fails_in_one_line_and_heals(model, tmp_path, capsys, changes):
     good = zstandard.compress(b"".join(line(f"{i} " * 20) for i in range(3000)))
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.jsonl").write_bytes(b"".join(line(f"text {i}") for i in range(100)))
     (tmp_path / "in/b.jsonl.zst").write_bytes(good[: len(good) // 2])
     inputs, out = tmp_path / "in", tmp_path / "out"
     with pytest.raises(UserError, match=r"task 1 of b\.jsonl\.zst failed: .*cannot be read"):
-        run(inputs, model, out, task_bytes=10**6, workers=workers)
+        run(inputs, model, out, task_bytes=10**6, **changes)
     assert not (out / "manifest.json").exists()
-    assert (out / "tasks/000000.json").exists()
-    # The file fetched again has other bytes, so it is another corpus.
+    done = out / "tasks" / ("000000.hashed" if "dedup" in changes else "000000.json")
+    before = done.stat().st_mtime_ns
     (tmp_path / "in/b.jsonl.zst").write_bytes(good)
+    capsys.readouterr()
+    finished = finaliser.finalise
+
+    def finalise_and_look(*given):
+        assert done.stat().st_mtime_ns == before
+        return finished(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finaliser, "finalise", finalise_and_look)
+        run(inputs, model, out, task_bytes=10**6, **changes)
+    assert "b.jsonl.zst changed before anything was made of it" in capsys.readouterr().err
+    assert content(out) == content(
+        run(inputs, model, tmp_path / "new", task_bytes=10**6, **changes)
+    )
+    # Now it is in the output.
+    (tmp_path / "in/b.jsonl.zst").write_bytes(good + zstandard.compress(line("more")))
     with pytest.raises(UserError, match="other inputs"):
-        run(inputs, model, out, task_bytes=10**6)
+        run(inputs, model, out, task_bytes=10**6, **changes)
+
+
+@pytest.mark.parametrize("change", ["done", "hashed", "renamed", "more tasks"])
+def test_an_input_may_change_only_before_anything_is_made_of_it(model, tmp_path, change):
+    (tmp_path / "in").mkdir()
+    for name in "ac":
+        (tmp_path / "in" / f"{name}.jsonl").write_bytes(line(f"text {name}") * 100)
+    (tmp_path / "in/b.jsonl.gz").write_bytes(b"no gzip")
+    dedup = "exact" if change == "hashed" else "none"
+    with pytest.raises(UserError, match="task 1 of b"):
+        run(tmp_path / "in", model, tmp_path / "out", dedup=dedup)
+    if change == "renamed":
+        (tmp_path / "in/b.jsonl.gz").rename(tmp_path / "in/d.jsonl.gz")
+    else:
+        if change == "more tasks":
+            (tmp_path / "out/tasks/000002.json").unlink()
+        with open(tmp_path / "in/c.jsonl", "ab") as file:
+            file.write(line("more") * (1000 if change == "more tasks" else 1))
+    with pytest.raises(UserError, match="other inputs"):
+        run(tmp_path / "in", model, tmp_path / "out", dedup=dedup)
 
 
 @pytest.mark.parametrize("suffix", ["zst", "gz"])
