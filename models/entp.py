@@ -13,6 +13,8 @@ is equal:
 * A chunk of prefixes is back-propagated before the next one is computed, down to what all chunks
   of its rows share; the gradients of that are collected and go on from there once. The longest
   prefixes come first, so that nothing is computed twice (`models/prefix_scan.py`).
+  So a step holds the activations of one chunk, and of a group of rows what its prefixes share:
+  O(h·T²) numbers a row, scores of the first layer foremost.
 
 Two variants cost less and are other models or other estimates: with `entp_causal_layers` the lower
 layers are a causal decoder's, the same for every prefix (with all but one the model *is* the

@@ -20,11 +20,10 @@ def head_bytes(
     """Bytes that `linear_cross_entropy` holds at its fullest moment.
 
     `states` hidden states, each with its gradient; the embedding's gradient in fp32; and the logits
-    of one part of the `scored` rows in fp32, beside those of the part before, which are let go when
-    the new ones are there, and in bf16 the product that they are made of.
+    of one part of the `scored` rows in fp32, and in bf16 the product that they are made of.
     """
     rows = min(scored, rows_at_once(vocab_size, on_cpu=on_cpu))
-    of_logit = 4 + (4 if scored > rows else 0) + (width if width < 4 else 0)
+    of_logit = 4 + (width if width < 4 else 0)
     logits = rows * vocab_size * of_logit + rows * d_model * (width + 4)
     if width < 4:
         # Or the part's share of the embedding's gradient, before it is added.

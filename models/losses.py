@@ -86,6 +86,7 @@ def linear_token_nll(hidden: Tensor, weight: Tensor, targets: Tensor, loss_mask:
     for part in rows.split(_rows_at_once(weight)):
         softmax = _Softmax(flat[part].to(weight.dtype), weight, targets.reshape(-1)[part])
         result[part] = (softmax.log_z - softmax.target_logits).squeeze(1).float()
+        del softmax  # else these logits would live beside the next part's
     return result.view(targets.shape)
 
 
@@ -156,6 +157,26 @@ class _Softmax:
             yield slice(low, high), part
 
 
+def _back(
+    logit_grads: Iterator[tuple[slice, Tensor]],
+    inputs: Tensor,
+    weight: Tensor,
+    hidden_grad: Tensor | None,
+    weight_grad: Tensor | None,
+) -> Tensor:
+    """The gradient of `inputs` [rows, d_model], where `hidden_grad` wants one, in fp32 or more;
+    that of `weight` is added to `weight_grad`."""
+    wide = torch.promote_types(inputs.dtype, torch.float32)
+    input_grad = torch.zeros_like(inputs, dtype=wide)
+    for block, logit_grad in logit_grads:
+        logit_grad = logit_grad.to(weight.dtype)
+        if hidden_grad is not None:
+            input_grad += times(logit_grad, weight[block])
+        if weight_grad is not None:
+            add_transposed_times(weight_grad[block], logit_grad, inputs)
+    return input_grad
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @outside_autocast
@@ -188,17 +209,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             softmax = _Softmax(inputs, weight, targets[part])
             log_z[here] = softmax.log_z.squeeze(1)
             nll[here] = (softmax.log_z - softmax.target_logits).squeeze(1)
-            if hidden_grad is None and weight_grad is None:
-                continue
-            input_grad = torch.zeros_like(inputs, dtype=accumulate)
-            for block, logit_grad in softmax.gradients(z_loss, weights[here].unsqueeze(1)):
-                logit_grad = logit_grad.to(weight.dtype)
+            if hidden_grad is not None or weight_grad is not None:
+                logit_grads = softmax.gradients(z_loss, weights[here].unsqueeze(1))
+                input_grad = _back(logit_grads, inputs, weight, hidden_grad, weight_grad)
+                del logit_grads
                 if hidden_grad is not None:
-                    input_grad += times(logit_grad, weight[block])
-                if weight_grad is not None:
-                    add_transposed_times(weight_grad[block], logit_grad, inputs)
-            if hidden_grad is not None:
-                hidden_grad[part] = input_grad.to(hidden.dtype)
+                    hidden_grad[part] = input_grad.to(hidden.dtype)
+            # Else these logits would live beside the next part's.
+            del softmax
         ctx.hidden_grad, ctx.weight_grad, ctx.weight_dtype = hidden_grad, weight_grad, weight.dtype
         ctx.is_spent = False
         z = log_z.square()

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +13,7 @@ from models.batch import Batch
 from models.config import ModelConfig
 from models.registry import build
 from tests.models.prefix_loop import LLAMA, STYLES, loop_gradients
+from tests.tools.planning.live_storages import LiveStorages
 
 
 def check_against_the_loop(model, batch, gradients):
@@ -111,6 +113,32 @@ def test_reads_no_later_token_by_gradient(make_model, make_batch):
     for t in range(6):
         (gradient,) = torch.autograd.grad(hidden[:, t].sum(), embedded[0], retain_graph=True)
         reached = gradient.abs().sum((0, 2)) > 0
+        assert reached.tolist() == [s <= t for s in range(6)]
+
+
+@pytest.mark.parametrize("causal_layers", [0, 1])
+@pytest.mark.parametrize("style", ["gpt2", "llama"])
+def test_no_chunk_reads_a_later_token_by_gradient(make_model, make_batch, style, causal_layers):
+    """Of the loss as it is trained, one weighted target at a time; hybrids too."""
+    hybrid = {"num_layers": 3, "entp_causal_layers": causal_layers, "entp_chunk_pairs": 10}
+    model, batch = (
+        make_model("entp", **hybrid, **STYLES[style]),
+        make_batch("entp", 3, 6, scored=1.1),
+    )
+    for t in range(6):
+        embedded = []
+
+        def keep(module, args, output, embedded=embedded):
+            if len(args) == 1:
+                output.retain_grad()
+                embedded.append(output)
+
+        hook = model.embedding.register_forward_hook(keep)
+        weights = (torch.arange(6) == t).expand(3, 6).double()
+        for terms in model.loss_chunks(dataclasses.replace(batch, loss_weights=weights)):
+            terms.objective.backward()
+        hook.remove()
+        reached = sum(F.pad(x.grad.abs().sum((0, 2)), (0, 6 - x.shape[1])) for x in embedded) > 0
         assert reached.tolist() == [s <= t for s in range(6)]
 
 
@@ -234,6 +262,21 @@ def test_memory_is_bounded_by_the_chunk(make_model, make_batch):
     whole = kept_bytes(make_model("entp", num_layers=3, entp_chunk_pairs=10_000), batch)
     small = kept_bytes(make_model("entp", num_layers=3, entp_chunk_pairs=60), batch)
     assert small < whole / 8
+
+
+def test_live_memory_is_a_chunk_and_a_square_of_scores(make_model, make_batch):
+    """Every byte that lives, the scan's state included, over T with the same chunk."""
+    peaks = {}
+    for seq_len in (19, 64):
+        model = make_model("entp", num_layers=3, max_seq_len=64, entp_chunk_pairs=200).float()
+        batch = make_batch("entp", batch_size=1, seq_len=seq_len, scored=1.1)
+        with LiveStorages() as live:
+            for terms in model.loss_chunks(batch):
+                terms.objective.backward()
+        peaks[seq_len] = live.peak
+    squares = {seq_len: 2 * seq_len**2 * 4 for seq_len in peaks}  # bytes of h·T² scores
+    for seq_len, peak in peaks.items():
+        assert peak < 1.2 * peaks[19] + 6 * squares[seq_len], peaks
 
 
 def test_prefixes_before_the_first_scored_one_cost_nothing(make_model, make_batch):

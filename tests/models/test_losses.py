@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import head_rows, losses
 from models.losses import linear_cross_entropy, linear_token_nll
+from tests.tools.planning.live_storages import LiveStorages
 
 
 def plain(hidden, weight, targets, mask, z_loss, weights=None):
@@ -111,6 +112,36 @@ def test_never_holds_the_logits(monkeypatch):
     with LargestTensor() as seen:
         linear_cross_entropy(hidden, weight, targets, mask, 1e-4).objective.backward()
     assert seen.elements <= 300 * 4  # the weight; 16 rows at once, where all logits are 60,000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_one_part_of_the_logits_lives_at_a_time(monkeypatch, dtype, needs_grad):
+    """In fp32, and in bf16 with the product they are made of, however many parts there are."""
+    monkeypatch.setattr(head_rows, "CPU_ROWS", 64)
+    monkeypatch.setattr(head_rows, "CPU_ELEMENTS", 1)
+    hidden, weight, targets, mask = inputs(2, 160, 2, 2000, 1.0, 0, dtype)
+    with torch.set_grad_enabled(needs_grad), LiveStorages() as live:
+        linear_cross_entropy(hidden, weight, targets, mask)
+        if not needs_grad:
+            linear_token_nll(hidden, weight, targets, mask)
+    of_logit = 4 if dtype == torch.float32 else 6
+    assert live.peak < 1.2 * 64 * 2000 * of_logit
+
+
+def test_float32_is_within_1e_5_of_the_formula_in_float64(monkeypatch):
+    """Loss, and each gradient as a whole, in parts and blocks; with weights and z-loss."""
+    cut_small(monkeypatch)
+    hidden, weight, targets, mask = inputs(3, 40, 16, 90, 0.7, 0, torch.float32)
+    weights = torch.rand(3, 40)
+    terms = linear_cross_entropy(hidden, weight, targets, mask, 0.01, weights)
+    found = torch.autograd.grad(terms.objective, (hidden, weight))
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    sums = plain(*exact, targets, mask, 0.01, weights.double())
+    for ours, expected in zip(terms, sums, strict=True):
+        torch.testing.assert_close(ours.double(), expected.double(), rtol=1e-6, atol=0)
+    for ours, expected in zip(found, torch.autograd.grad(sums[0], exact), strict=True):
+        assert (ours.double() - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_one_loss_is_not_back_propagated_twice():

@@ -117,6 +117,35 @@ def test_encoder_equals_a_few_lines(case):
         torch.testing.assert_close(source.hidden[row, :length], expected)
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_cross_attention_alone_equals_its_formula(make_model, number):
+    """Every head by one einsum, outside of any block: queries behind, keys of a source of another
+    length, turned by their own positions; nothing is masked."""
+    model = make_model("redllm", num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4)
+    attention, config = model.decoder[number].cross_attention, model.config
+    x, source = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    places = torch.arange(5.0) + 7, torch.arange(7.0)
+
+    def heads(module, y, count):
+        return rms((y @ module.weight.T).unflatten(-1, (count, 4)))
+
+    def turn(y, positions):
+        angles = positions[:, None, None] * torch.tensor([1.0, 10_000.0**-0.5])
+        a, b = y.chunk(2, -1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+    q = turn(heads(attention.query, x, 4), places[0])
+    k = turn(heads(attention.key, source, 2), places[1]).repeat_interleave(2, 2)
+    v = heads(attention.value, source, 2).repeat_interleave(2, 2)
+    shares = (torch.einsum("bthk,bshk->bhts", q, k) / 2).softmax(-1)
+    mixed = rms(torch.einsum("bhts,bshk->bthk", shares, v))  # RedLLM's norm of the result
+    expected = mixed.flatten(2) @ attention.output.weight.T
+    tables = [rotary_tables(p.long(), config, x.dtype) for p in places]
+    found = attention(x, source, rotary=tables[0], source_rotary=tables[1])
+    torch.testing.assert_close(found, expected)
+
+
 def test_decoder_and_cross_attention_equal_a_few_lines(case):
     model, batch = case
     hidden = model.hidden_states(batch)
