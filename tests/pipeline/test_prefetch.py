@@ -1,10 +1,16 @@
 import threading
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from pipeline.data.run_order import pretraining_order
+from pipeline.plan import resolve_model
 from pipeline.prefetch import Prefetched
+from pipeline.sources import PretrainingSource
+from tests.distributed.parity import Case, run_config
 
 
 class Counting:
@@ -84,3 +90,31 @@ def test_gradients_and_random_numbers_of_the_main_thread_are_left_alone():
     assert torch.equal(torch.rand(2), expected)
     assert torch.is_grad_enabled()
     prefetched.close()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_batches_of_the_real_order_are_the_same_at_any_depth(shards_dir: Path, depth: int) -> None:
+    plain = run_config(Case(), shards_dir, 40)
+    config = replace(plain, document_masks=True, weight_stages={100: {"github": 1.0}})
+    model = resolve_model(config, 512)
+
+    def source() -> PretrainingSource:
+        return PretrainingSource(config, model, pretraining_order(config), bos=1, pad=0)
+
+    direct = source()
+    ahead = source()
+    layers = []
+    for _ in range(depth):
+        ahead = Prefetched(ahead, config.steps, pinned=False)
+        layers.append(ahead)
+    # Straight on, past plans and a change of weights; a rollback; a leap; other ranks.
+    asked = [(step, 1, 2) for step in [*range(12), 3, 4, 5, 30, 31]] + [(32, 2, 3), (33, 2, 3)]
+    for step in asked:
+        found, expected = ahead.share(*step), direct.share(*step)
+        assert found.sample_hash == expected.sample_hash
+        assert found.row_sources == expected.row_sources
+        for one, other in zip(found.micro_batches, expected.micro_batches, strict=True):
+            for name, tensor in vars(other).items():
+                assert tensor is None or torch.equal(tensor, getattr(one, name))
+    for layer in reversed(layers):
+        layer.close()
