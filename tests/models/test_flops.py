@@ -24,6 +24,10 @@ LLAMA = {
 }
 
 
+# Lengths at which some products are large enough for oneDNN.
+LARGER = {"decllm": 48, "redllm": 48, "entp": 16, "ared": 48}
+
+
 @st.composite
 def parts(draw, count, total):
     """`total` cut into `count` lengths, some of which may be 0."""
@@ -57,9 +61,9 @@ def test_hardware_equals_the_counter_to_the_last_flop(data):
     if arch == "redllm" and not changes["cross_attention_first"]:
         changes["merged_attention"] = draw(st.booleans())
     if arch in ("redllm", "ared") and not changes.get("merged_attention"):
-        # One head as wide as all of self-attention's, or as many; grouped or not.
-        changes["num_cross_heads"] = draw(st.sampled_from([0, 1, heads]))
-        changes["num_cross_kv_heads"] = draw(st.sampled_from([0, 1]))
+        # As self-attention's or its own: one head as wide as all of those, or as many; grouped.
+        own = [(0, 0), (0, 1), (1, 1), (heads, 0), (heads, heads)]
+        changes["num_cross_heads"], changes["num_cross_kv_heads"] = draw(st.sampled_from(own))
     if arch == "ared":
         changes |= {"bridge_norm": draw(st.booleans()), "bridge_next_position": draw(st.booleans())}
     changes["attention_output_norm"] = draw(st.sampled_from(["none", "head", "model", "output"]))
@@ -113,6 +117,31 @@ def test_hardware_equals_the_counter_to_the_last_flop(data):
     assert batch_size * found.hardware == counter.get_total_flops()
     if not config.activation_checkpointing and not lengths:
         assert found.model_full == found.hardware
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("arch", "seq_len"), LARGER.items())
+def test_hardware_of_a_larger_model_in_fp32(arch, seq_len, checkpointing):
+    """Where an AMD CPU's linear layers go through oneDNN, whose products torch's counter has to be
+    told of."""
+    torch.set_default_dtype(torch.float32)
+    config = named(
+        arch,
+        "small",
+        2048,
+        max_seq_len=seq_len,
+        num_layers=2,
+        activation_checkpointing=checkpointing,
+    )
+    ids = torch.zeros(2, seq_len, dtype=torch.int64)
+    source = ids if arch == "redllm" else None
+    model = build(config)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        for terms in model.loss_chunks(Batch(ids, ids, ids >= 0, encoder_ids=source)):
+            terms.objective.backward()
+    source_len = seq_len if arch == "redllm" else 0
+    found = training_flops(config, seq_len=seq_len, source_len=source_len, rows=2)
+    assert 2 * found.hardware == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("prefix", [None, 0, 3])
