@@ -208,7 +208,7 @@ class RunConfig:
     )
 
     threads: int = option("CPU threads of a rank (0: its share of the cores)", 0, minimum=0)
-    collective_timeout: int = option("seconds before a stuck collective fails", 600, minimum=1)
+    collective_timeout: int = option("seconds before a stuck collective fails", 2400, minimum=1)
     stall_timeout: float = option(
         "seconds that a rank may stay in one phase of a step before the run ends and names it (0: "
         "no limit); six times that, and at least a minute, for the start, a save, an evaluation "

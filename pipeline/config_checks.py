@@ -52,6 +52,10 @@ CHANGEABLE = frozenset(
 )
 
 
+# Fields of `model` that move no loss.
+CHANGEABLE_IN_MODEL = frozenset({"activation_checkpointing"})
+
+
 def config_problems(config: RunConfig) -> Iterable[str]:
     """What single fields cannot say."""
     if not 0 < config.split < config.seq_len:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from models.config import ModelConfig, named
 from models.flops import parameters
 from pipeline.config import RunConfig
-from pipeline.config_checks import CHANGEABLE, batch_problems, fit_micro_batch
+from pipeline.config_checks import CHANGEABLE, CHANGEABLE_IN_MODEL, batch_problems, fit_micro_batch
 from pipeline.config_file import load_with_file
 from pipeline.data.manifest import Manifest, check_folder, read_manifest
 from pipeline.data.run_order import order_version, refuse_other_order
@@ -179,6 +179,11 @@ def _same_setting(key: str, known: Any, value: Any) -> bool:
     """Whether two values mean the same: a folder may be spelled in several ways."""
     if key == "init_from" and known is not None and value is not None:
         return Path(known).resolve() == Path(value).resolve()
+    if key == "model":
+        known, value = (
+            {name: said for name, said in fields.items() if name not in CHANGEABLE_IN_MODEL}
+            for fields in (known, value)
+        )
     return bool(known == value)
 
 
@@ -237,7 +242,7 @@ def refuse_other_identity(
     resolved = json.loads(json.dumps(document.get("model", {})))
     for key, value in resolved.items():
         known = before.get("model", {}).get(key, value)
-        if known != value:
+        if known != value and key not in CHANGEABLE_IN_MODEL:
             raise UserError(
                 f"model.{key}={value!r}: {owner} has {known!r}; give --model.{key}={known}, or "
                 "another run_dir"

@@ -93,7 +93,8 @@ def advice(config: RunConfig, world_size: int, held: Held, place: str) -> str:
         remedies.append(f"a ds_config of a higher ZeRO stage than {stage}")
     if not offloads(settings):
         remedies.append("ds_configs/zero3_offload.json, where a GPU's memory ran out")
-    remedies.append(f"more ranks than {world_size}, or less than seq_len={config.seq_len}")
+    remedies.append(f"more ranks than {world_size}")
+    remedies.append(f"less than seq_len={config.seq_len}, in another run_dir")
     asked = f"{held.asked / 1e9:.2f} GB were asked for; " if held.asked else ""
     return (
         f"out of memory in {place}: {asked}the process held {held.process / 1e9:.2f} GB of "

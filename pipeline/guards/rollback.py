@@ -30,14 +30,17 @@ def roll_back(trainer: Trainer, records: Sequence[StepRecord], reason: str) -> N
     trainer.heart.begin("load")
     found = checkpoint.newest_good(folder.checkpoints, world)
     if found is None:
-        raise UserError(f"{reason}; there is no checkpoint to go back to: lower lr={config.lr}")
+        raise UserError(
+            f"{reason}; there is no checkpoint to go back to: lower lr={config.lr} in "
+            "another run_dir, or save earlier"
+        )
     record = checkpoint.read_state(found)
     back = int(record["step"])
     before = same_everywhere(folder.rollbacks() if world.is_main else None)
     if before >= config.max_rollbacks:
         raise UserError(
             f"{reason}; max_rollbacks={config.max_rollbacks}: the run went back to step {back} "
-            f"that many times; lower lr={config.lr} and start again from there"
+            f"that many times; lower lr={config.lr} in another run_dir"
         )
     left_out = [each for each in records if each.step > back]
     for each in left_out:

@@ -42,7 +42,10 @@ def judge(
         if policy == "rollback":
             return Verdict("rollback", reason, (record,))
         if policy == "stop":
-            remedy = f"lower lr={config.lr}, or give --loss_spikes=rollback to leave its batch out"
+            remedy = (
+                "give --loss_spikes=rollback to leave its batch out, or lower "
+                f"lr={config.lr} in another run_dir"
+            )
             return Verdict("stop", f"loss_spikes='stop': {reason}; {remedy}")
     if not record.applied and state.skipped_in_a_row >= config.max_skipped_steps:
         reason = (
@@ -51,7 +54,7 @@ def judge(
         )
         if config.on_nonfinite == "rollback":
             return Verdict("rollback", reason, tuple(skipped))
-        remedy = f"lower lr={config.lr} and start again"
+        remedy = f"lower lr={config.lr} in another run_dir"
         if record.is_spike:
             remedy = (
                 f"raise spike_threshold={config.spike_threshold:g} where the data change, or lower "

@@ -77,6 +77,23 @@ def test_a_shape_whose_default_changed_is_another_run(shards_dir: Path) -> None:
     refuse_other_identity(old, document, "checkpoint c")
 
 
+def test_what_memory_running_out_advises_is_the_same_run(shards_dir: Path) -> None:
+    manifest = read_manifest(str(shards_dir))
+    documents = []
+    for model in ({}, {"activation_checkpointing": True}, {"activation_checkpointing": False}):
+        config = dataclasses.replace(run_config(Case(), shards_dir, 2), model=model)
+        made = resolve_model(config, manifest.tokenizer.vocab_size)
+        documents.append(describe(STAGE, config, made, manifest))
+    before, recomputing, plain = documents
+    assert before["model"] != recomputing["model"]
+    for document in (recomputing, plain):
+        refuse_other_identity(identity(before), document, "checkpoint c")
+        refuse_other_identity(document, before, "checkpoint c")
+    other = {**before, "run": {**before["run"], "model": {"dropout": 0.5}}}
+    with pytest.raises(UserError, match="model="):
+        refuse_other_identity(before, other, "checkpoint c")
+
+
 def test_a_run_whose_order_this_version_cannot_make_is_refused(shards_dir: Path) -> None:
     manifest = read_manifest(str(shards_dir))
     assert len(manifest.sources("train")) > 1

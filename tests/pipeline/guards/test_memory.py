@@ -67,7 +67,7 @@ def test_the_line_says_what_was_held_and_only_what_can_be_changed(tmp_path: Path
     assert "activation_checkpointing" not in told
     assert "a higher ZeRO stage than 1" in told
     assert "offload" not in told
-    assert "more ranks than 2, or less than seq_len=16" in told
+    assert "more ranks than 2; less than seq_len=16, in another run_dir" in told
 
 
 def test_a_save_that_finds_no_room_for_its_copy_is_told_so() -> None:
