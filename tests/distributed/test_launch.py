@@ -94,7 +94,10 @@ def test_a_mistake_under_the_launcher_is_one_line_and_no_run_folder(
     code, output = finish(launch("pretrain", asked))
     assert code == 2, output
     assert output.count("error: ") == 1
-    assert "global_batch=7: does not divide by 2 ranks × micro_batch 3; give global_batch 6 or 12" in output
+    assert (
+        "global_batch=7: does not divide by 2 ranks × micro_batch 3; give global_batch 6 or 12"
+        in output
+    )
     assert not (tmp_path / "run").exists()
 
 
