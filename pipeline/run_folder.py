@@ -191,7 +191,10 @@ class RunFolder:
             log_spaced=asked.get("log_spaced_checkpoints", 0),
         )
         reached = max(int(line["step"]) for line in steps if line["attempt"] == attempt)
-        due = next((step for step in range(1, reached + 1) if retention.is_due(step)), None)
+        # One that is due in a row of skipped steps is made after it.
+        applied = max((int(line["step"]) for line in steps if not line.get("skipped")), default=0)
+        passed = range(1, min(reached, applied) + 1)
+        due = next((step for step in passed if retention.is_due(step)), None)
         # A run makes checkpoints/ as it starts; a kill may come between a step's line and its save.
         if due is not None and (reached > due or not self.checkpoints.exists()):
             raise UserError(

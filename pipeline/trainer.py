@@ -228,6 +228,7 @@ class Trainer:
             times=clock.read(),
             loss_by_source=summed.loss_by_source,
             is_spike=spikes.is_spike(summed.nll / targets),
+            skipped_before=self.state.skipped_in_a_row,
         )
 
     def _read(self) -> Share | Exception:

@@ -29,6 +29,7 @@ class StepRecord:
     times: Mapping[str, float]  # seconds of each of pipeline.stopwatch.PARTS
     loss_by_source: Mapping[str, float]  # nats per target token
     is_spike: bool = False  # out of line with the losses before it
+    skipped_before: int = 0  # steps in a row up to this one that were skipped
 
 
 class StopRun(Exception):

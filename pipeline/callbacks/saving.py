@@ -64,7 +64,7 @@ class Saving(Callback):
         self._settle(trainer, self._its_writer.poll())
         if self._is_untidy:
             self._look_after(trainer, self._tidy)
-        if self._retention.is_due(trainer.step):
+        if self._retention.falls_due(record):
             self._save(trainer)
 
     def on_rollback(self, trainer: Trainer) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pipeline.callbacks.base import StepRecord
     from pipeline.config import RunConfig
 
 
@@ -41,6 +42,15 @@ class Retention:
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is made at `step`."""
         return _divides(self.save_every, step) or self.stays(step)
+
+    def falls_due(self, record: StepRecord) -> bool:
+        """Whether a checkpoint is made after a step: a due one waits for a step that is applied.
+
+        Skipped steps may come of what the weights have become, which is not to take the place of
+        the checkpoints before.
+        """
+        due = map(self.is_due, range(record.step - record.skipped_before, record.step + 1))
+        return record.applied and any(due)
 
     def stays(self, step: int) -> bool:
         """Whether a checkpoint of `step` is never removed."""

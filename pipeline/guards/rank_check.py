@@ -97,7 +97,7 @@ class RankCheck(Callback):
         every = trainer.config.check_ranks_every
         if every and trainer.step % every == 0:
             self._compare(trainer)
-        elif Retention.of(trainer.config).is_due(trainer.step):
+        elif Retention.of(trainer.config).falls_due(record):
             self._before_saving(trainer)
 
     def on_end(self, trainer: Trainer) -> None:
