@@ -18,12 +18,18 @@ LARGE = ("1b", "2b", "4b", "8b")
 
 
 def layouts(ranks: int) -> list[Case]:
-    """Every named size once, the architectures taking turns that differ by `ranks`."""
+    """Every named size once, the architectures taking turns that differ by `ranks`.
+
+    An engine takes twice its states while it is made: of the largest size an eighth would take all
+    that a machine of 24 GB has, so it is cut for twice as many ranks.
+    """
     archs, found = list(ARCHITECTURES), []
     for number, size in enumerate(sizes_of("decllm")):
         arch = archs[(number + RANKS.index(ranks)) % len(archs)]
         if size not in sizes_of(arch):
             arch = "decllm"
+        if size == "8b" and ranks == 8:
+            continue
         precision = "fp32" if size in LARGE else "bf16"
         found.append(Case(arch, size, precision=precision, vocab_size=VOCAB_SIZE))
     return found
@@ -34,6 +40,12 @@ def test_states_of_every_named_size(ranks: int) -> None:
     cases = layouts(ranks)
     for case, found in zip(cases, pretend(cases, ranks, timeout=290), strict=True):
         check_states(case, ranks, found)
+
+
+def test_states_of_the_largest_size_among_sixteen() -> None:
+    case = Case("decllm", "8b", precision="fp32", vocab_size=VOCAB_SIZE)
+    (found,) = pretend([case], 16, timeout=290)
+    check_states(case, 16, found)
 
 
 @pytest.mark.parametrize("ranks", RANKS)
