@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +14,8 @@ from models.registry import ARCHITECTURES, architecture
 from models.shapes import SIZES
 from pipeline.accelerators import ACCELERATORS
 from pipeline.checkpointing.retention import Retention
-from pipeline.conversion import convert
 from pipeline.deepspeed_file import read_deepspeed_file, run_problems
+from pipeline.model_overrides import convert_overrides
 from pipeline.options import UserError, option
 from tools.planning.choose import (
     CPU_FILES,
@@ -170,25 +169,20 @@ def resolved_model(options: Options) -> ModelConfig:
             f"arch={options.arch!r}: does not say what it keeps for its backward pass; give its "
             "Architecture `shapes` and `kept`"
         )
-    overrides = {"max_seq_len": options.seq_len, **_numbers(options.model)}
+    overrides = {"max_seq_len": options.seq_len, **_overrides(options.model)}
     try:
         return named(options.arch, options.size, options.vocab_size, **overrides)
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
 
 
-def _numbers(model: dict[str, Any]) -> dict[str, Any]:
-    """Overrides given as text, typed as ModelConfig's fields are."""
-    hints = typing.get_type_hints(ModelConfig)
-    found = {}
-    for name, value in model.items():
-        if name == "activation_checkpointing":
-            raise UserError(f"model.{name}={value}: give --{name} instead")
-        try:
-            found[name] = convert(value, hints[name]) if name in hints else value
-        except ValueError as error:
-            raise UserError(f"model.{name}={value!r}: {error}") from error
-    return found
+def _overrides(model: dict[str, Any]) -> dict[str, Any]:
+    """Overrides given as text, typed as ModelConfig's fields are. Raises UserError."""
+    if (again := model.get("activation_checkpointing")) is not None:
+        raise UserError(
+            f"model.activation_checkpointing={again}: give --activation_checkpointing instead"
+        )
+    return convert_overrides(model)
 
 
 def plan(options: Options) -> Plan:
