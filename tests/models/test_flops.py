@@ -14,15 +14,7 @@ from models.config import named
 from models.flops import operations, parameters, training_flops
 from models.operations import Pass
 from models.registry import build
-
-LLAMA = {
-    "positions": "rotary",
-    "norm": "rmsnorm",
-    "bias": False,
-    "feed_forward": "swiglu",
-    "qkv_norm": True,
-}
-
+from tests.models.prefix_loop import LLAMA
 
 # Lengths at which some products are large enough for oneDNN.
 LARGER = {"decllm": 48, "redllm": 48, "entp": 16, "ared": 48}

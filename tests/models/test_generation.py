@@ -11,17 +11,11 @@ from models.decoding import Decoding
 from models.entp_layers import Projected
 from models.generation import Sampling, choose, generate, probabilities, prompt_batch
 from models.prefix_decoding import GrowingAttention
+from tests.models import prefix_loop
 
 BOS = 1
 PROMPTS = [[5, 6, 7, 8, 9], [4], [11, 12, 13]]
-LLAMA = {
-    "positions": "rotary",
-    "norm": "rmsnorm",
-    "bias": False,
-    "feed_forward": "swiglu",
-    "qkv_norm": True,
-    "num_kv_heads": 1,
-}
+LLAMA = {**prefix_loop.LLAMA, "num_kv_heads": 1}
 VARIANTS = {
     "decllm": ("decllm", {}),
     "decllm gpt-2": (
