@@ -68,8 +68,10 @@ def house(tmp_path: Path) -> Path:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     tests = tmp_path / "tests" / "models"
     tests.mkdir(parents=True)
-    for name in ("conftest", *(f"test_{subject}" for subject in GENERIC)):
-        shutil.copy(ROOT / "tests" / "models" / f"{name}.py", tests)
+    generic = {f"test_{subject}.py" for subject in GENERIC}
+    for path in (ROOT / "tests" / "models").glob("*.py"):
+        if path.name in generic or not path.name.startswith("test_"):
+            shutil.copy(path, tests)
     (tests / "test_parallel.py").write_text(CHECKS, encoding="utf-8")
     code, line = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
     assert re.search(r"`models/parallel\.py`:\n\n```python", GUIDE)
