@@ -60,6 +60,7 @@ def looked_twice(heart: Heart, **changes: Any) -> Watchdog:
     stand(heart, 200)
     other(heart, 1.0)
     dog.look()
+    time.sleep(0.005)  # two looks in one millisecond would show this rank's own beat unchanged
     stand(heart, 301)
     other(heart, 2.0 if changes else 1.0, **changes)
     return dog
@@ -86,6 +87,7 @@ def test_time_in_which_the_process_was_stopped_costs_no_patience(heart: Heart) -
     dog._looked -= 1000
     dog.look()
     assert heart.folder is not None
+    time.sleep(0.005)
     dog._resumed -= 301
     other(heart, 1.0)
     dog.look()
