@@ -47,6 +47,7 @@ class ShardTable:
         self._block = member.shape[0]
         self._item = np.dtype(member.dtype).itemsize
         self._dtype = np.dtype(member.dtype)
+        self._sequence_bytes = seq_len * self._item
         # Only the last block of a source is padded; sequences of padding alone do not count.
         tokens = np.array([shard.tokens for shard in shards], np.int64)
         self.shard_sequences = -(-tokens // seq_len)
@@ -68,27 +69,21 @@ class ShardTable:
         return self._readers[shard] or self._open(shard)
 
     def plan(self, numbers: np.ndarray) -> np.ndarray:
-        """What has to be read for sequences `numbers` (int64 [n]): int64 [n, 6].
+        """What has to be read for sequences `numbers` (int64 [n]): int64 [n, 5].
 
-        Columns: shard; byte of the first 4 KiB block that is touched; byte where the block's data
-        end; index of that block's checksum among the file's 8-byte words; how many blocks are
-        touched; index of the first id among the file's ids.
+        Columns: shard; the bytes of the file from and to which whole 4 KiB blocks are touched (the
+        last block of a member may be shorter); index of the first one's checksum among the file's
+        8-byte words; byte of the first id.
         """
         shard, sample, start = self.locate(numbers)
         layout, member = self._layout, self._layout.members[0]
         sample_at = sample * layout.sample_bytes
         data = sample_at + layout.data_offset[member.name]
-        first = start * self._item // CHUNK_BYTES
-        last = -(-(start + self.seq_len) * self._item // CHUNK_BYTES)
+        begin, end = start * self._item, (start + self.seq_len) * self._item
+        first = begin // CHUNK_BYTES
+        stop = np.minimum(-(-end // CHUNK_BYTES) * CHUNK_BYTES, member.data_bytes)
         sums = (sample_at + layout.data_offset[layout.members[-1].name]) // 8
-        columns = (
-            shard,
-            data + first * CHUNK_BYTES,
-            data + member.data_bytes,
-            sums + first,
-            last - first,
-            data // self._item + start,
-        )
+        columns = (shard, data + first * CHUNK_BYTES, data + stop, sums + first, data + begin)
         return np.stack(columns, axis=1)
 
     def read(self, plan: np.ndarray) -> np.ndarray:
@@ -97,18 +92,26 @@ class ShardTable:
         Raises:
             CorruptShardError: naming shard, key and byte.
         """
-        ids = np.empty((len(plan), self.seq_len), self._dtype)
-        digest, length, readers = xxhash.xxh3_64_intdigest, self.seq_len, self._readers
-        for row, (shard, low, end, sum_at, blocks, word) in enumerate(plan.tolist()):
+        digest, readers, length = xxhash.xxh3_64_intdigest, self._readers, self._sequence_bytes
+        found = []
+        for shard, low, stop, sum_at, begin in plan.tolist():
             reader = readers[shard] or self._open(shard)
-            view, sums = reader.view, reader.words64
-            for index in range(sum_at, sum_at + blocks):
-                high = low + CHUNK_BYTES
-                if digest(view[low : high if high < end else end]) != sums[index]:
-                    raise reader.corrupt(low)
-                low = high
-            ids[row] = reader.ids[word : word + length]
-        return ids
+            view = reader.view
+            touched = view[low:stop]
+            if stop - low > CHUNK_BYTES:
+                self._check(reader, low, stop, sum_at)
+            elif digest(touched) != reader.words64[sum_at]:
+                raise reader.corrupt(low)
+            found.append(touched if stop - low == length else view[begin : begin + length])
+        # One copy for all, and one that may be written to.
+        return np.frombuffer(bytearray().join(found), self._dtype).reshape(-1, self.seq_len)
+
+    @staticmethod
+    def _check(reader: ShardReader, low: int, stop: int, sum_at: int) -> None:
+        for number, at in enumerate(range(low, stop, CHUNK_BYTES), sum_at):
+            chunk = reader.view[at : min(at + CHUNK_BYTES, stop)]
+            if xxhash.xxh3_64_intdigest(chunk) != reader.words64[number]:
+                raise reader.corrupt(at)
 
     def will_need(self, plan: np.ndarray, piece: int = 1) -> None:
         """Ask the kernel to bring what is planned into memory, without waiting for it.
@@ -121,11 +124,9 @@ class ShardTable:
                 for sixteen pages as for one. Good where all of them can stay until they are read.
         """
         asked = self._asked
-        for shard, low, end, sum_at, blocks, _ in plan.tolist():
-            for begin, stop in (
-                (low, min(low + blocks * CHUNK_BYTES, end)),
-                (sum_at * 8, (sum_at + blocks) * 8),
-            ):
+        for shard, low, end, sum_at, _ in plan.tolist():
+            sums = -(-(end - low) // CHUNK_BYTES)
+            for begin, stop in ((low, end), (sum_at * 8, (sum_at + sums) * 8)):
                 if piece > 1:
                     begin, stop = begin // piece * piece, -(-stop // piece) * piece
                     if (shard, begin, stop) in asked:

@@ -182,7 +182,7 @@ class _Planned:
     Attributes:
         first_rows: (first position, count) of a batch to its first row in the arrays.
         numbers: sample numbers, int64 [rows].
-        reads: from `ShardTable.plan`, int64 [rows, 6].
+        reads: from `ShardTable.plan`, int64 [rows, 5].
         valid: int64 [rows].
     """
 

@@ -195,8 +195,7 @@ class ShardReader:
         name: the shard's path in the manifest; by default `path` is called like the shard.
 
     Attributes:
-        view, words64, ids: the whole file as bytes, as 8-byte words, and as items of the first
-            member's dtype; unverified.
+        view, words64: the whole file as bytes and as 8-byte words; unverified.
 
     Raises:
         CorruptShardError: the file is absent, has another size, does not begin like a sample, or
@@ -229,7 +228,6 @@ class ShardReader:
         first = layout.members[0]
         # Tars are whole 512-byte blocks, and .npy data begin at multiples of 64.
         self.words64 = self.view.cast("Q")
-        self.ids = np.frombuffer(self.view, first.dtype)
         begin = layout.data_offset[first.name] - len(first.header)
         if samples and self.view[begin : begin + len(first.header)] != first.header:
             raise CorruptShardError(
