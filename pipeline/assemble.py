@@ -23,7 +23,6 @@ from pipeline.plan import (
     identity,
     redrawn,
     refuse_other_identity,
-    resolve_model,
 )
 from pipeline.preflight import Preflight
 from pipeline.run_folder import RunFolder
@@ -62,13 +61,13 @@ def make_engine(config: RunConfig, vocab_size: int, ds_settings: dict[str, Any])
     """The DeepSpeed engine of a run, its weights drawn from the run's seed."""
     import torch
 
-    from models.registry import build
     from pipeline.engine import build_engine
     from pipeline.optim.build import bind_optimizer, build_optimizer
+    from pipeline.run_start import RunStart
 
     torch.manual_seed(config.seed)
     engine = build_engine(
-        lambda: build(resolve_model(config, vocab_size)),
+        RunStart(config, vocab_size, ds_settings).make_model,
         lambda model: build_optimizer(model, config),
         config,
         ds_settings,
@@ -106,6 +105,7 @@ def _train(stage: Stage, preflight: Preflight, guards: Guards) -> None:
     from pipeline.data.tokenizer import load as load_tokenizer
     from pipeline.guards.rank_check import RankCheck
     from pipeline.prefetch import Prefetched
+    from pipeline.run_start import RunStart
     from pipeline.run_state import RunState
     from pipeline.trainer import Trainer
 
@@ -127,7 +127,7 @@ def _train(stage: Stage, preflight: Preflight, guards: Guards) -> None:
         folder.completed_checkpoints() if world.is_main else None
     )
     before = distributed.same_everywhere(folder.last_attempt() if world.is_main else None)
-    state: dict[str, Any] = {"step": 0, "totals": {}}
+    parent = None
     if found is not None:
         state = checkpoint.read_state(found)
         refuse_other_identity(state["identity"], plan.document, f"checkpoint {found}")
@@ -139,31 +139,32 @@ def _train(stage: Stage, preflight: Preflight, guards: Guards) -> None:
             f"{max(completed)} and none is whole; restore it, or give --restart=true to start over"
         )
     elif config.init_from is not None:
-        parent = RunFolder(config.init_from)
-        weights = checkpoint.newest_good(parent.checkpoints, world, tidy=False)
-        if weights is None:
+        inherited = RunFolder(config.init_from).checkpoints
+        parent = checkpoint.newest_good(inherited, world, tidy=False)
+        if parent is None:
             raise UserError(f"init_from={config.init_from!r}: holds no checkpoint; train it first")
-        inherited = checkpoint.load(engine, weights, world, weights_only=True)
-        state = {"step": 0, "totals": inherited["totals"]}
+    start = RunStart(config, plan.model.vocab_size, plan.ds_settings, parent)
+    if found is None:
+        state = start.inherit(engine, world)
     evaluated = distributed.same_everywhere(
         folder.evaluations(up_to=state["step"]) if world.is_main else None
     )
     if world.is_main:
         folder.write_config(plan.document)
-        start = "starts"
+        how = "starts"
         if found is not None:
-            start = f"goes on from step {state['step']}"
+            how = f"goes on from step {state['step']}"
             if max(completed, default=0) > state["step"]:
-                start += f" (the checkpoint of step {max(completed)} is gone)"
+                how += f" (the checkpoint of step {max(completed)} is gone)"
         elif config.restart and (before or completed):
             folder.append("checkpoints.jsonl", {"event": "restarted", "attempt": before + 1})
-            start = "starts over, as asked"
+            how = "starts over, as asked"
             if completed:
-                start += f": its checkpoint of step {max(completed)} is gone"
+                how += f": its checkpoint of step {max(completed)} is gone"
         elif before:
-            start = "was stopped before its first checkpoint and starts over"
+            how = "was stopped before its first checkpoint and starts over"
         print(
-            f"{config.name}: {start}; {config.arch} {config.size}, "
+            f"{config.name}: {how}; {config.arch} {config.size}, "
             f"{plan.document['parameters']['total']:,} parameters, {config.steps} steps, "
             f"{world.size} rank(s), ZeRO-{engine.zero_optimization_stage()}",
             flush=True,
@@ -194,6 +195,7 @@ def _train(stage: Stage, preflight: Preflight, guards: Guards) -> None:
         state=at,
         attempt=before + 1,
         heart=guards.heart,
+        start=start if found is None else None,
     )
     guards.on_orphaned(trainer.leave_as_orphan)
     with contextlib.closing(source) if config.prefetch else contextlib.nullcontext():

@@ -176,8 +176,8 @@ class RunConfig:
         minimum=1,
     )
     on_nonfinite: Literal["stop", "rollback"] = option(
-        "after that many: end with an error, or go back to the newest whole checkpoint and leave "
-        "out the batches that were skipped",
+        "after that many: end with an error, or go back to the newest whole checkpoint (or the "
+        "start) and leave out the batches that were skipped",
         "stop",
     )
     loss_spikes: Literal["off", "skip", "rollback", "stop"] = option(
@@ -190,7 +190,9 @@ class RunConfig:
     )
     spike_window: int = option("applied steps that a loss is held against", 128, minimum=8)
     max_rollbacks: int = option(
-        "times that a run goes back to one checkpoint before it ends with an error", 3, minimum=1
+        "times that a run goes back to one checkpoint, or its start, before it ends with an error",
+        3,
+        minimum=1,
     )
     check_ranks_every: int = option(
         "steps between comparisons of the ranks' parameters; at stages 0 to 2 they are also made "

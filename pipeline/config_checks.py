@@ -100,7 +100,7 @@ def _rollback_problems(config: RunConfig) -> Iterable[str]:
     for name in ("loss_spikes", "on_nonfinite"):
         if getattr(config, name) == "rollback" and not saves:
             yield (
-                f"{name}='rollback': checkpoint_every=0 leaves nothing to go back to; give "
+                f"{name}='rollback': checkpoint_every=0 leaves only the start to go back to; give "
                 "--checkpoint_every"
             )
 

@@ -20,6 +20,7 @@ from pipeline.guards.verdict import judge
 from pipeline.optim.schedule import Schedule
 from pipeline.options import UserError
 from pipeline.run_folder import RunFolder
+from pipeline.run_start import RunStart
 from pipeline.run_state import RunState, Totals
 from pipeline.sources import EndOfData, Share, Source
 from pipeline.step_sums import StepSums
@@ -44,6 +45,7 @@ class Trainer:
         state: RunState | None = None,
         attempt: int = 1,
         heart: Heart | None = None,
+        start: RunStart | None = None,
     ) -> None:
         self.config = config
         self.world = world
@@ -51,6 +53,7 @@ class Trainer:
         self.folder = folder
         self.state = state or RunState.of(config)
         self.attempt = attempt
+        self.start = start
         self.heart = heart or Heart()
         self.heart.attempt = attempt
         self._source = source

@@ -21,11 +21,13 @@ ranks, before use.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 # The version whose private attributes these are.
 DEEPSPEED = "0.19.8"
@@ -153,6 +155,33 @@ def empty_state(key: str, of_flat: Sequence[Fragment], dtype: torch.dtype) -> to
     if key == WHOLE and whole:
         return flat.new_zeros(sum(whole), dtype=dtype)
     return torch.zeros_like(flat, dtype=dtype)
+
+
+def reset_optimizer(engine: Any) -> None:
+    """Bring the optimizer's states to what they are before its first step.
+
+    In all our optimizers that is nothing, or zeros and a count of 0. They stay where they are:
+    DeepSpeed keeps views of them.
+    """
+    for state in client_optimizer(engine).state.values():
+        for key, value in state.items():
+            if torch.is_tensor(value):
+                value.zero_()
+            else:
+                state[key] = type(value)(0)
+
+
+def whole_parameters(model: nn.Module, stage: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each parameter of a model by name, whole on every rank while it is the turn's; a collective.
+
+    `stage` is the model's of ZeRO: at 3 each is gathered.
+    """
+    import deepspeed
+
+    for name, parameter in model.named_parameters():
+        gather = deepspeed.zero.GatheredParameters([parameter]) if stage == 3 else nullcontext()
+        with gather:
+            yield name, parameter.data
 
 
 def flat_tensors(engine: Any) -> Iterator[torch.Tensor]:

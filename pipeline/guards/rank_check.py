@@ -8,8 +8,7 @@ keeps whole on every rank. A rank whose memory or network lies would otherwise t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,20 +54,11 @@ def minority(hashes: Sequence[int]) -> list[int]:
 
 def local_hashes(engine: Any) -> dict[str, int]:
     """Name to hash of everything that should be the same on all ranks; a collective."""
-    hashes = {name: tensor_hash(whole) for name, whole in _whole_parameters(engine)}
+    wholes = zero_layout.whole_parameters(engine.module, engine.zero_optimization_stage())
+    hashes = {name: tensor_hash(whole) for name, whole in wholes}
     for key, value in zero_layout.replicated_state(engine).items():
         hashes[f"optimizer state {key}"] = tensor_hash(value)
     return hashes
-
-
-def _whole_parameters(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    import deepspeed
-
-    is_cut = engine.zero_optimization_stage() == 3
-    for name, parameter in engine.module.named_parameters():
-        gather = deepspeed.zero.GatheredParameters([parameter]) if is_cut else nullcontext()
-        with gather:
-            yield name, parameter.data
 
 
 def disagreements(hashes: dict[str, int], world_size: int, device: torch.device) -> dict[str, Any]:
@@ -99,6 +89,10 @@ class RankCheck(Callback):
             self._compare(trainer)
         elif Retention.of(trainer.config).falls_due(record):
             self._before_saving(trainer)
+
+    def on_rolled_back(self, trainer: Trainer) -> None:
+        """Steps that are made again hold other values."""
+        self._compared = 0
 
     def on_end(self, trainer: Trainer) -> None:
         """Compare what is saved last. Raises Fault on every rank."""

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.entry import flags, records, run_entry
+from tests.distributed.entry import argv, flags, losses, records, run_entry
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_policies import nan_at, with_trainer, without_batches
 
 pytestmark = pytest.mark.distributed
 
@@ -50,3 +52,19 @@ def test_uneven_targets_weigh_the_same_on_any_world(
     for other in found[1:]:
         for ours, first in zip(other, found[0], strict=True):
             assert ours == pytest.approx(first, rel=1e-5)
+
+
+@pytest.mark.soak
+def test_one_that_goes_bad_at_once_goes_back_to_its_parents_weights(
+    shards_dir: Path, flan_dir: Path, tmp_path: Path
+) -> None:
+    parent, run, clean = tmp_path / "parent", tmp_path / "run", tmp_path / "clean"
+    run_entry("pretrain", 2, flags(parent, shards_dir))
+    changes = {"init_from": parent, "flan": flan_dir, "steps": 5, "max_skipped_steps": 2}
+    changes["checkpoint_every"] = 20
+    asked = argv(flags(run, shards_dir, on_nonfinite="rollback", **changes))
+    run_ranks(with_trainer, 2, asked, nan_at, (2, 3))
+    run_ranks(with_trainer, 2, argv(flags(clean, shards_dir, **changes)), without_batches, 2, 3)
+    assert losses(run) == losses(clean)
+    last, expected = (records(each, "metrics.jsonl")[-1] for each in (run, clean))
+    assert last["flops_model_causal"] == expected["flops_model_causal"]

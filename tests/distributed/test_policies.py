@@ -24,6 +24,7 @@ from tests.distributed.test_skipped_steps import poison_steps
 
 pytestmark = pytest.mark.distributed
 SPIKE = 11  # the batch whose loss is made one
+OPTIMIZERS = ("adafactor", "muon")
 SOME = {"steps": 14, "checkpoint_every": 5, "keep_checkpoints": 9, "spike_window": 8}
 
 
@@ -39,13 +40,14 @@ def prove(run: Path) -> dict[str, Any]:
 
 
 def with_trainer(argv: list[str], change: Callable[..., None], *details: Any) -> None:
-    """Train after `change(Trainer, *details)`."""
-    from pipeline import pretrain, trainer
+    """Train after `change(Trainer, *details)`; finetune where FLAN rows are given."""
+    from pipeline import finetune, pretrain, trainer
     from pipeline.assemble import run_stage
 
     change(trainer.Trainer, *details)
+    stage = finetune if any(word.startswith("--flan=") for word in argv) else pretrain
     sys.argv = ["pipeline/pretrain.py", *argv]
-    run_stage(pretrain.STAGE)
+    run_stage(stage.STAGE)
 
 
 def spike_at(trainer: Any, batch: int) -> None:
@@ -61,12 +63,12 @@ def spike_at(trainer: Any, batch: int) -> None:
     trainer._backward = raised
 
 
-def without_batch(trainer: Any, batch: int) -> None:
-    """As if one batch had never been there."""
+def without_batches(trainer: Any, *batches: int) -> None:
+    """As if these batches had never been there."""
     original = trainer.run
 
     def run(self: Any) -> bool:
-        self.state.positions = self.state.positions.without([batch])
+        self.state.positions = self.state.positions.without(batches)
         return bool(original(self))
 
     trainer.run = run
@@ -136,7 +138,7 @@ def test_a_rollback_leaves_the_batch_out_as_if_it_had_never_been(
     asked = words(flags(run, shards_dir, **some, loss_spikes="rollback"))
     run_ranks(with_trainer, 2, asked, spike_at, SPIKE)
     asked = words(flags(clean, shards_dir, **some))
-    run_ranks(with_trainer, 2, asked, without_batch, SPIKE)
+    run_ranks(with_trainer, 2, asked, without_batches, SPIKE)
     # Bit for bit, and undisturbed by the policy before and by the rollback after the spike.
     assert losses(run) == losses(clean)
     made = [(line["step"], line["attempt"]) for line in records(run, "metrics.jsonl")]
@@ -200,6 +202,38 @@ def test_after_a_row_of_skipped_steps_the_run_goes_back_but_not_for_ever(
     asked = words(flags(never, shards_dir, **some, on_nonfinite="rollback"))
     with pytest.raises(AssertionError, match="max_rollbacks=1: the run went back to step 2"):
         run_ranks(with_trainer, 2, asked, nan_at, (2, 3, 4, 5))
+
+
+@pytest.mark.parametrize(
+    "some",
+    [
+        {},
+        pytest.param({"stage": 0}, marks=pytest.mark.soak),
+        *[
+            pytest.param({"stage": stage, **more}, marks=pytest.mark.soak)
+            for stage, more in [
+                *((stage, {"precision": "bf16"}) for stage in (1, 2, 3)),
+                *((stage, {"optimizer": name}) for stage in (1, 3) for name in OPTIMIZERS),
+            ]
+        ],
+    ],
+)
+def test_before_the_first_checkpoint_a_run_goes_back_to_its_start(
+    some: dict[str, Any], shards_dir: Path, tmp_path: Path
+) -> None:
+    run, clean, settings = tmp_path / "run", tmp_path / "clean", tmp_path / "ds.json"
+    some = {"steps": 5, "checkpoint_every": 20, "max_skipped_steps": 2, **some}
+    settings.write_text(json.dumps({"zero_optimization": {"stage": some.pop("stage", 3)}}))
+    asked = words(flags(run, shards_dir, ds_config=settings, on_nonfinite="rollback", **some))
+    run_ranks(with_trainer, 2, asked, nan_at, (2, 3))
+    asked = words(flags(clean, shards_dir, ds_config=settings, **some))
+    run_ranks(with_trainer, 2, asked, without_batches, 2, 3)
+    # Two steps had moved every weight and filled the optimizer's states.
+    assert losses(run) == losses(clean)
+    (back,) = [r for r in records(run, "checkpoints.jsonl") if r["event"] == "rolled_back"]
+    assert (back["step"], back["from"], back["discarded"]) == (0, 4, [2, 3])
+    told = prove(run)
+    assert (told["applied"], told["discarded"], told["samples"]) == (5, 2, 7 * 12)
 
 
 def test_ranks_that_hold_different_parameters_end_the_run(shards_dir: Path, tmp_path: Path) -> None:

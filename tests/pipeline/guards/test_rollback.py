@@ -24,6 +24,7 @@ def test_a_rollback_has_the_time_that_a_start_has(monkeypatch: pytest.MonkeyPatc
         world=SimpleNamespace(is_main=False),
         engine=None,
         attempt=1,
+        start=None,
         state=RunState.of(asked),
         # The last callback's phase is what stays.
         notify=lambda *_: heart.begin("evaluate"),
@@ -36,8 +37,13 @@ def test_a_rollback_has_the_time_that_a_start_has(monkeypatch: pytest.MonkeyPatc
         return Path("c/step_3")
 
     monkeypatch.setattr(rollback.checkpoint, "newest_good", found)
+
+    def load(*_: Any) -> dict[str, int]:
+        phases.append(heart.phase)
+        return {"step": 3}
+
     monkeypatch.setattr(rollback.checkpoint, "read_state", lambda _: {"step": 3})
-    monkeypatch.setattr(rollback.checkpoint, "load", lambda *_: phases.append(heart.phase))
+    monkeypatch.setattr(rollback.checkpoint, "load", load)
     monkeypatch.setattr(rollback, "same_everywhere", lambda _: 0)
     rollback.roll_back(trainer, [record(5)], "why")
     assert phases == ["load", "load"]
