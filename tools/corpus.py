@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pipeline.options import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".json.gz", ".json.zst", ".ndjson")
 _PROBE_BYTES = 1 << 16
+_OF_FILE_SYSTEMS = ("lost+found",)  # root's alone, in the uppermost folder of many disks
 
 # RedPajama's folders, and the names under which SlimPajama's rows and Hugging Face's loader know
 # them: lower case, letters only.
@@ -112,36 +114,38 @@ def find_inputs(
 
     So does a folder that a glob matches, but for what is hidden below it, as is the way of globs.
     Files that are no JSONL by their suffix are passed over, as RedPajama's SHA256SUMS must be, and
-    so is what lies in the folder `exclude` (the output).
+    so is what lies in the folder `exclude` (the output). A file counts once, however many globs,
+    links and hard links lead to it.
 
     Raises:
-        UserError: a glob that matches no such file, a link to nothing, a folder that is not read.
+        UserError: a glob that matches no such file, a link to nothing, a folder that is not read,
+            a pipe or the like.
     """
-    found: dict[Path, Path] = {}
-    names: defaultdict[Path, set[Path]] = defaultdict(set)
+    found: dict[_Identity, Path] = {}
+    names: defaultdict[_Identity, set[Path]] = defaultdict(set)
+    out = None if exclude is None else exclude.resolve()
     for pattern in patterns:
-        matches = [Path(match) for match in glob(pattern, recursive=True)]
+        # What is there by that very name is meant, whatever signs it holds.
+        is_glob = not os.path.lexists(pattern)
+        if is_glob:
+            _refuse_unreadable(pattern, field)
+        matches = [Path(m) for m in (glob(pattern, recursive=True) if is_glob else [pattern])]
         folders = {match for match in matches if match.is_dir()}
         for folder in folders:
             if folders.isdisjoint(folder.parents):
-                matches += _below(folder, hidden=not glob_magic(pattern))
-        files: dict[Path, Path] = {}
+                matches += _below(folder, field, hidden=not is_glob)
+        files: dict[_Identity, Path] = {}
         for match in sorted(set(matches)):
-            if not match.name.endswith(SUFFIXES):
+            if not match.name.endswith(SUFFIXES) or match.is_dir():
                 continue
-            if match.is_symlink() and not match.exists():
-                raise UserError(
-                    f"{field}={str(match)!r}: is a link to nothing; fetch its file, or remove it"
-                )
-            if match.is_file():
-                # A link keeps its own name, which tells suffix and source: Hugging Face's cache
-                # links to blobs that have neither. Each file counts once all the same.
-                name = match.parent.resolve() / match.name
-                names[match.resolve()].add(name)
-                files.setdefault(match.resolve(), name)
-        if exclude is not None:
-            out = exclude.resolve()
-            files = {file: name for file, name in files.items() if not file.is_relative_to(out)}
+            identity = _identity(match, field)
+            if out is not None and match.resolve().is_relative_to(out):
+                continue
+            # A link keeps its own name, which tells suffix and source: Hugging Face's cache
+            # links to blobs that have neither.
+            name = match.parent.resolve() / match.name
+            names[identity].add(name)
+            files.setdefault(identity, name)
         if not files:
             raise UserError(
                 f"{field}={pattern!r}: matches no file ending in {', '.join(SUFFIXES[:3])}; give a "
@@ -158,20 +162,68 @@ def find_inputs(
     return sorted(named, key=lambda file: file.name)
 
 
-def _below(folder: Path, hidden: bool, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+_Identity = tuple[int, int, int, int]
+
+
+def _identity(path: Path, field: str) -> _Identity:
+    """What two names of one file have in common. Raises UserError where it is none.
+
+    Size and time are there for file systems that give different files one number.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise UserError(
+            f"{field}={str(path)!r}: is a link to nothing; fetch its file, or remove it"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{field}={str(path)!r}: cannot be read ({error.strerror})") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(
+            f"{field}={str(path)!r}: is a pipe, socket or device; give files, or give it another "
+            "name"
+        )
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _refuse_unreadable(pattern: str, field: str) -> None:
+    """Raise UserError for a folder that a glob would pass over because it may not be read."""
+    folders = os.path.dirname(pattern)
+    while glob_magic(folders):
+        for folder in glob(folders, recursive=True):
+            if os.path.isdir(folder):
+                _may_be_read(Path(folder), field)
+        folders = os.path.dirname(folders)
+
+
+def _may_be_read(folder: Path, field: str) -> bool:
+    """Whether a folder is for us at all. Raises UserError for one that should be and cannot."""
+    if os.access(folder, os.R_OK | os.X_OK):
+        return True
+    if folder.name in _OF_FILE_SYSTEMS:
+        return False
+    raise UserError(
+        f"{field}={str(folder)!r}: this folder cannot be read (Permission denied); see to it, or "
+        "give globs that leave it out"
+    )
+
+
+def _below(
+    folder: Path, field: str, hidden: bool, above: frozenset[str] = frozenset()
+) -> Iterator[Path]:
     """Every file below a folder, linked folders included; one that holds itself ends there."""
     real = os.path.realpath(folder)
-    if real in above:
+    if real in above or not _may_be_read(folder, field):
         return
     try:
         with os.scandir(folder) as entries:
             inside = sorted(entry.name for entry in entries if hidden or entry.name[0] != ".")
     except OSError as error:
-        raise UserError(f"input={str(folder)!r}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{field}={str(folder)!r}: cannot be read ({error.strerror})") from None
     for name in inside:
         path = folder / name
         if path.is_dir():
-            yield from _below(path, hidden, above | {real})
+            yield from _below(path, field, hidden, above | {real})
         else:
             yield path
 
@@ -185,6 +237,29 @@ def told_once(files: Sequence[InputFile]) -> str | None:
     return (
         f"{len(again)} more {'name' if len(again) == 1 else 'names'} of files that are read once, "
         f"first {name} (the same file as {first.path})"
+    )
+
+
+def told_alike(files: Sequence[InputFile], probes: Sequence[str]) -> str | None:
+    """A line on files that look like copies of others: their text would be there again.
+
+    By equal sizes and probes, or by a name that another has without the suffix of its packing.
+    """
+    seen: dict[tuple[int, str], InputFile] = {}
+    plain = {file.path: file for file in files}
+    alike = []
+    for file, probe in zip(files, probes, strict=True):
+        other = seen.setdefault((file.size, probe), file)
+        if other is file or not file.size:
+            other = plain.get(file.path.with_suffix(""), file) if not file.splittable else file
+        if other is not file:
+            alike.append((file, other))
+    if not alike:
+        return None
+    copy, original = alike[0]
+    return (
+        f"{len(alike)} input{' looks' if len(alike) == 1 else 's look'} like a copy of another, "
+        f"first {copy.path} of {original.path}: leave out what repeats, or give --dedup exact"
     )
 
 

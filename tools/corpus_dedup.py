@@ -21,9 +21,10 @@ import xxhash
 from pipeline.atomic import partial_path, put_into_place, write_atomically
 from pipeline.options import UserError
 from tools.corpus_plan import Settings, Task
-from tools.corpus_records import file_digest
+from tools.corpus_records import file_digest, stamp
 from tools.corpus_rows import Document
 from tools.corpus_stage import Counts, Stage
+from tools.corpus_streams import Reading
 from tools.corpus_tasks import task_documents
 
 DUPLICATE, NEAR_DUPLICATE = 1, 2
@@ -37,14 +38,15 @@ def hashes_path(output: Path, task: int) -> Path:
 
 
 def mark_path(output: Path, task: int) -> Path:
-    """Says that the hashes are whole: their number and checksum."""
+    """Says that the hashes are whole: their number and checksum, and that of what was read."""
     return output / "tasks" / f"{task:06d}.hashed"
 
 
 def hash_task(task: Task, settings: Settings, output: Path, *, in_worker: bool = False) -> None:
     """Leave the hashes of one task's documents."""
     digests = bytearray()
-    for row in task_documents(task, settings):
+    reading = Reading(task.begin, task.end)
+    for row in task_documents(task, settings, reading):
         if isinstance(row, Document):
             digests += xxhash.xxh3_128_digest(row.data)
     halves = np.frombuffer(digests, ">u8").reshape(-1, 2).astype(np.uint64)
@@ -54,7 +56,8 @@ def hash_task(task: Task, settings: Settings, output: Path, *, in_worker: bool =
     content = b"".join([high[order].tobytes(), low[order].tobytes(), order.astype("u4").tobytes()])
     write_atomically(path, content)
     told = {"documents": len(order), "xxh3": xxhash.xxh3_64_hexdigest(content)}
-    write_atomically(mark_path(output, task.id), json.dumps(told))
+    write_atomically(mark_path(output, task.id), json.dumps({**told, "read": reading.digest()}))
+    stamp(mark_path(output, task.id), reading.changed)
 
 
 def _hashed(output: Path, task: int) -> Counts | None:

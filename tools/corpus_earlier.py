@@ -3,64 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pipeline.atomic import write_atomically
-from pipeline.options import UserError
 from tools.check_progress import CheckProgress
-from tools.corpus import InputFile
 from tools.corpus_plan import Task
-from tools.corpus_records import Record, is_begun, read_done, record_path
-
-
-def refuse_newer_inputs(
-    output: Path, files: Sequence[InputFile], tasks: Sequence[Task]
-) -> list[str]:
-    """Refuse inputs that were written since the folder was begun; the first command notes when.
-
-    What the plan keeps of an input (its size, and a checksum of both ends) does not see a change in
-    the middle: tasks that are done would then hold what was there before. An input of which none is
-    done may be written.
-
-    Returns:
-        The names of such inputs.
-
-    Raises:
-        UserError: naming the first other one.
-    """
-    path = output / "tasks" / "inputs.times"
-    now = {file.name: file.modified for file in files}
-    try:
-        begun = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        write_atomically(path, json.dumps(now))
-        return []
-    except ValueError:
-        begun = None
-    if not isinstance(begun, dict):
-        raise UserError(
-            f"output={str(output)!r}: its tasks/{path.name} is damaged; give another --output, or "
-            "remove this one"
-        )
-    newer = {file.name for file in files if begun.get(file.name) != file.modified}
-    held = {task.input for task in tasks if task.input in newer and is_begun(output, task.id)}
-    for file in files:
-        then = begun.get(file.name)
-        if file.name in held:
-            seconds = f"{then // 10**9}.{then % 10**9:09}" if isinstance(then, int) else "…"
-            raise UserError(
-                f"input={str(file.path)!r}: was written since {output} was begun, "
-                f"{file.told_time()}; give another --output, or, if you know that its bytes are "
-                f"the same, touch --date=@{seconds} it"
-            )
-    if newer:
-        write_atomically(path, json.dumps(now))
-    return sorted(newer)
+from tools.corpus_records import Record, read_done, record_path
 
 
 def forget_damaged(output: Path, tasks: Sequence[Task]) -> None:

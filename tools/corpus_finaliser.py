@@ -21,6 +21,7 @@ from pipeline.data.manifest import (
     Manifest,
     Shard,
     TokenizerInfo,
+    shard_names,
     write_manifest,
 )
 from pipeline.data.shards import token_layout
@@ -57,7 +58,8 @@ def finalise(
     check_rejects(output, records, max_reject_rate)
     shards = [shard for record in records for shard in record.shards]
     shards += _join_tails(output, records, settings, tokenizer)
-    shards.sort(key=lambda shard: shard.path)
+    # Numbers may outgrow the width of a name.
+    shards.sort(key=lambda shard: (shard.split, shard.source, len(shard.path), shard.path))
     _remove_strays(output, shards)
     manifest = Manifest(
         kind="tokens",
@@ -129,6 +131,7 @@ def _join_tails(
     """Tails in task order, one run of blocks per split and source, as if of one more task."""
     layout = token_layout(settings.block_tokens, ids_dtype(tokenizer.vocab_size))
     packers: dict[tuple[str, str], BlockPacker] = {}
+    names = shard_names(len(records))
     for record in records:
         if not record.tails:
             continue
@@ -138,7 +141,7 @@ def _join_tails(
                 packer = packers.get((split, source))
                 if packer is None:
                     packer = packers[split, source] = BlockPacker(
-                        output, split, source, len(records), layout, settings.shard_bytes
+                        output, split, source, names, layout, settings.shard_bytes
                     )
                 ids, ends, text_bytes = (
                     stored[f"{split}/{source}/{name}"] for name in ("ids", "ends", "text_bytes")

@@ -23,9 +23,10 @@ from tools.corpus_dedup import (
     write_drops,
 )
 from tools.corpus_plan import Settings, Task
-from tools.corpus_records import file_digest
+from tools.corpus_records import file_digest, stamp
 from tools.corpus_rows import Document
 from tools.corpus_stage import Counts, Stage
+from tools.corpus_streams import Reading
 from tools.corpus_tasks import task_documents
 
 NUM_BUCKETS, HASHES_PER_BUCKET = 14, 8  # datatrove's: 3 in 4 pairs of similarity 0.8 are found
@@ -60,9 +61,11 @@ def signature_task(
     from datatrove.pipeline.dedup import minhash
 
     keep = read_drops(exact_path(output), task.id) == 0
+    reading = Reading(task.begin, task.end)
 
     def documents() -> Iterator[Any]:
-        texts = (row for row in task_documents(task, settings) if isinstance(row, Document))
+        rows = task_documents(task, settings, reading)
+        texts = (row for row in rows if isinstance(row, Document))
         for number, row in enumerate(texts):
             if keep[number]:
                 yield TroveDocument(text=row.text, id=str(number))
@@ -71,7 +74,9 @@ def signature_task(
         str(_folder(output, "signatures")), config=_config(), language=LANGUAGE
     )
     step.run(documents(), task.id, 1)
-    mark_done(_signed(output, task.id), signature_files(output, task.id))
+    mark = _signed(output, task.id)
+    mark_done(mark, signature_files(output, task.id), read=reading.digest())
+    stamp(mark, reading.changed)
 
 
 def bucket_task(task: Task, settings: Settings, output: Path, *, in_worker: bool = False) -> None:
@@ -104,16 +109,16 @@ def pair_files(output: Path, bucket: int) -> list[Path]:
     return [_folder(output, "pairs") / f"{bucket:05d}_00.dups"]
 
 
-def mark_done(path: Path, files: Sequence[Path]) -> None:
+def mark_done(path: Path, files: Sequence[Path], **more: str) -> None:
     """Say that a task is done, and what its files then were."""
-    write_atomically(path, json.dumps([file_digest(file) for file in files]))
+    write_atomically(path, json.dumps({"files": [file_digest(file) for file in files], **more}))
 
 
 def _is_as_marked(path: Path, files: Sequence[Path]) -> Counts | None:
     try:
         told = json.loads(path.read_bytes())
-        return (0, 0) if told == [file_digest(file) for file in files] else None
-    except (OSError, ValueError):
+        return (0, 0) if told["files"] == [file_digest(file) for file in files] else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,23 @@ from pipeline.data.shards import SampleLayout, ShardWriter
 
 
 class BlockPacker:
-    """Joins the documents of one split and source into blocks, and blocks into shards."""
+    """Joins the documents of one split and source into blocks, and blocks into shards.
+
+    `names` are from `shard_names`; the packers of a task share them.
+    """
 
     def __init__(
-        self, output: Path, split: str, source: str, task: int, layout: SampleLayout, limit: int
+        self,
+        output: Path,
+        split: str,
+        source: str,
+        names: Iterator[str],
+        layout: SampleLayout,
+        limit: int,
     ) -> None:
         member = layout.members[0]
         self.shards: list[Shard] = []
-        self._output, self._split, self._source, self._task = output, split, source, task
+        self._output, self._split, self._source, self._names = output, split, source, names
         self._layout = layout
         self._samples_limit = max(1, limit // layout.sample_bytes)
         self._block = np.empty(member.shape, member.dtype)
@@ -43,9 +53,7 @@ class BlockPacker:
 
     def _write_block(self) -> None:
         if self._writer is None:
-            part = len(self.shards)
-            name = f"shard-{self._task:06d}-{part:03d}.tar"
-            path = self._output / self._split / self._source / name
+            path = self._output / self._split / self._source / next(self._names)
             self._writer = ShardWriter(path, self._layout)
         self._writer.add({self._layout.members[0].name: self._block})
         self._tokens += self._filled

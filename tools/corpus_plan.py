@@ -13,9 +13,9 @@ from typing import Any
 from pipeline.data.manifest import FILE_NAME
 from pipeline.options import UserError
 from tools.corpus import InputFile, is_splittable, source_of_path
-from tools.corpus_records import is_begun, unwritable
+from tools.corpus_records import reading_marks, unwritable
 
-PLAN_FORMAT = 2
+PLAN_FORMAT = 3
 _REMEDY = "give another --output, or remove this one"
 
 
@@ -158,7 +158,7 @@ def _may_change(output: Path, then: dict[str, Any], now: dict[str, Any], task_by
         if item != then[name]:
             if count != _num_tasks(name, then[name]["size"], task_bytes):
                 return False
-            if any(is_begun(output, task) for task in range(first, first + count)):
+            if any(reading_marks(output, task) for task in range(first, first + count)):
                 return False
         first += count
     return True

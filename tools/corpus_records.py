@@ -21,7 +21,7 @@ from pipeline.atomic import write_atomically
 from pipeline.data.manifest import Shard
 from pipeline.options import UserError
 
-RECORD_FORMAT = 2
+RECORD_FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Record:
             into the shards of task number `number of tasks`, where a document cut by the last block
             goes on.
         files: name in `tasks/` to checksum (XXH3) of what else the task left there.
+        read: checksum (XXH3) of the bytes of its input that the task read, as they are stored.
     """
 
     id: int
@@ -52,6 +53,7 @@ class Record:
     shards: tuple[Shard, ...]
     tails: tuple[tuple[str, str, int], ...]
     files: dict[str, str]
+    read: str
 
     def write(self, path: Path) -> None:
         """Put the record into place, atomically: the task is done."""
@@ -115,10 +117,20 @@ def failed_path(output: Path, task: int) -> Path:
     return output / "tasks" / f"{task:06d}.failed"
 
 
-def is_begun(output: Path, task: int) -> bool:
-    """Whether some pass says that it is done with a task: what it read is in the output."""
-    marks = (f"{task:06d}{suffix}" for suffix in (".json", ".hashed", ".signed"))
-    return any((output / "tasks" / name).exists() for name in marks)
+def reading_marks(output: Path, task: int) -> list[Path]:
+    """What the passes that read a task's input leave when they are done; `read` in each of them."""
+    names = (f"{task:06d}{suffix}" for suffix in (".json", ".hashed", ".signed"))
+    return [path for name in names if (path := output / "tasks" / name).exists()]
+
+
+def stamp(mark: Path, changed: int) -> None:
+    """Give a mark the time (ns) at which the input that it tells of was last changed: its ctime.
+
+    What depends on the place of the input stays out of every file's content that way. A mark that
+    loses its time costs another look at the bytes.
+    """
+    with contextlib.suppress(OSError):  # a finished folder may be read-only
+        os.utime(mark, ns=(changed, changed))
 
 
 def unwritable(output: Path, error: OSError) -> UserError:

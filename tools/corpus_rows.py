@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.corpus import source_of_row
-from tools.corpus_streams import Position, open_stream, skip_line
+from tools.corpus_streams import Reading, open_stream, skip_line
 
 MAX_ROW_BYTES = 64 << 20
 # Of one row: parsed, an empty list of two bytes takes some hundred.
@@ -45,7 +45,7 @@ def read_rows(
     begin: int = 0,
     end: int | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
-    position: Position | None = None,
+    reading: Reading | None = None,
 ) -> Iterator[Row | Reject]:
     """Rows whose line begins in [begin, end) of the file's bytes; blank lines are no rows.
 
@@ -54,7 +54,7 @@ def read_rows(
     Raises:
         UserError: the file cannot be read or unpacked.
     """
-    with open_stream(path, position) as stream:
+    with open_stream(path, reading) as stream:
         offset = begin
         if begin:
             stream.seek(begin - 1)
@@ -147,15 +147,15 @@ def read_documents(
     *,
     max_row_bytes: int = MAX_ROW_BYTES,
     ask_source: bool = True,
-    position: Position | None = None,
+    reading: Reading | None = None,
 ) -> Iterator[Document | Reject]:
     """Documents of a file's range, and a `Reject` for every row that holds none.
 
     Args:
         ask_source: whether a row is asked for its source.
-        position: tells how far the file was read.
+        reading: tells how far the file was read, and what of it.
     """
-    for row in read_rows(path, begin, end, max_row_bytes, position):
+    for row in read_rows(path, begin, end, max_row_bytes, reading):
         if isinstance(row, Reject):
             yield row
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,23 +21,72 @@ _MAX_WINDOW = 1 << 29
 _SKIP_BYTES = 1 << 20
 
 
-class Position:
-    """How far a file was read: give one to `open_stream` and ask it at any time."""
+class Reading:
+    """How far a file was read, and what of it: give one to `open_stream` and ask it at any time.
 
-    def __init__(self) -> None:
+    Args:
+        begin, end: the stored bytes that count; those around them may be read as well. Without an
+            end, all that there are.
+
+    Attributes:
+        changed: when anything of the file was last changed, in nanoseconds, as it was opened: its
+            ctime, which nobody can set back.
+    """
+
+    def __init__(self, begin: int = 0, end: int | None = None) -> None:
+        import xxhash
+
+        self.changed = 0
+        self._next, self._end = begin, end
+        self._digest = xxhash.xxh3_64()
         self._file: IO[bytes] | None = None
 
     def watch(self, file: IO[bytes]) -> None:
         """Tell the position of this file."""
         self._file = file
+        self.changed = os.fstat(file.fileno()).st_ctime_ns
+
+    def saw(self, at: int, data: memoryview) -> None:
+        """Bytes from byte `at` of the file on, as they come from it; none is passed over."""
+        assert at <= self._next or self._next == self._end or not data
+        stop = at + len(data) if self._end is None else min(at + len(data), self._end)
+        if stop > self._next:
+            self._digest.update(data[self._next - at : stop - at])
+            self._next = stop
 
     def stored_bytes(self) -> int:
         """Bytes read of the file as it is stored, buffered ones included."""
         return self._file.tell() if self._file and not self._file.closed else 0
 
+    def digest(self) -> str:
+        """Checksum (XXH3, hexadecimal) of the bytes that count, as far as they were read."""
+        return self._digest.hexdigest()
+
+
+class _Seen(io.FileIO):
+    """A file that shows a `Reading` what is read of it."""
+
+    reading: Reading
+
+    def readinto(self, buffer: Any) -> int:
+        at = self.tell()
+        count = super().readinto(buffer)
+        self.reading.saw(at, memoryview(buffer)[:count])
+        return count
+
+
+def _opened(path: Path, reading: Reading | None) -> IO[bytes]:
+    if reading is None:
+        return open(path, "rb", buffering=_READ_BYTES)
+    raw = _Seen(path)
+    raw.reading = reading
+    file = io.BufferedReader(raw, _READ_BYTES)
+    reading.watch(file)
+    return file
+
 
 @contextmanager
-def open_stream(path: Path, position: Position | None = None) -> Iterator[IO[bytes]]:
+def open_stream(path: Path, reading: Reading | None = None) -> Iterator[IO[bytes]]:
     """The file's bytes, unpacked by its suffix; frames and members follow one another.
 
     Raises:
@@ -45,9 +95,7 @@ def open_stream(path: Path, position: Position | None = None) -> Iterator[IO[byt
     import zstandard
 
     try:
-        with open(path, "rb", buffering=_READ_BYTES) as raw:
-            if position is not None:
-                position.watch(raw)
+        with _opened(path, reading) as raw:
             if path.suffix == ".gz":
                 # Python's own reader passes over flags that the format forbids.
                 members = _Frames(raw, lambda: zlib.decompressobj(_GZIP), padding=b"\0")

@@ -22,6 +22,7 @@ import xxhash
 
 from pipeline.atomic import partial_path, put_into_place
 from pipeline.data.encoder import Encoder, EncodersDifferError, UncuttableError, encoder_of
+from pipeline.data.manifest import shard_names
 from pipeline.data.shards import token_layout
 from pipeline.data.tokenizer import Tokenizer, load
 from pipeline.options import UserError
@@ -34,10 +35,11 @@ from tools.corpus_records import (
     record_path,
     rejects_path,
     running_path,
+    stamp,
     tails_path,
 )
 from tools.corpus_rows import Document, Reject, read_documents
-from tools.corpus_streams import Position
+from tools.corpus_streams import Reading
 
 TOKENIZER_FILE = "tokenizer.model"
 CHECKED_SHARE = 256  # one document of so many is encoded by sentencepiece as well
@@ -83,12 +85,10 @@ def run_task(task: Task, settings: Settings, output: Path, *, in_worker: bool = 
     return run.run()
 
 
-def task_documents(
-    task: Task, settings: Settings, position: Position | None = None
-) -> Iterator[Document | Reject]:
+def task_documents(task: Task, settings: Settings, reading: Reading) -> Iterator[Document | Reject]:
     """The documents of a task that are neither too short nor too long, and the other rows.
 
-    Every step that counts a task's documents counts these.
+    Every step that counts a task's documents counts these; `reading` is of the task's range.
     """
     shortest = settings.min_characters
     longest = settings.max_characters
@@ -99,7 +99,7 @@ def task_documents(
         settings.text_field,
         max_row_bytes=settings.max_row_bytes,
         ask_source=task.source is None,
-        position=position,
+        reading=reading,
     ):
         if isinstance(row, Document):
             if row.characters < shortest:
@@ -127,12 +127,13 @@ class _TaskRun:
 
             self.reason_against = filter_of(task.id, settings, output)
         self.parent: int | None = None
-        self.position = Position()
+        self.reading = Reading(task.begin, task.end)
+        self.names = shard_names(task.id)
         self.next_tell = 0.0
 
     def run(self) -> Record:
         try:
-            for row in task_documents(self.task, self.settings, self.position):
+            for row in task_documents(self.task, self.settings, self.reading):
                 if isinstance(row, Reject):
                     self._reject(row)
                 else:
@@ -149,7 +150,7 @@ class _TaskRun:
         if self.parent is not None and os.getppid() != self.parent:
             raise InterruptedError("the command that started this worker is gone")
         self.next_tell = time.monotonic() + _TELL_SECONDS
-        stored = max(0, self.position.stored_bytes() - self.task.begin)
+        stored = max(0, self.reading.stored_bytes() - self.task.begin)
         running = Running.here(stored, self.tokens, self.rejects.total())
         running.tell(running_path(self.output, self.task.id))
 
@@ -195,7 +196,7 @@ class _TaskRun:
                     f"sources, the last {source!r}; give inputs whose paths tell the source"
                 )
             packer = BlockPacker(
-                self.output, split, source, self.task.id, self.layout, self.settings.shard_bytes
+                self.output, split, source, self.names, self.layout, self.settings.shard_bytes
             )
             self.packers[split, source] = packer
         return packer
@@ -228,8 +229,10 @@ class _TaskRun:
             shards=tuple(shard for _, p in sorted(self.packers.items()) for shard in p.shards),
             tails=tuple(tails),
             files={file.name: file_digest(file) for file in files},
+            read=self.reading.digest(),
         )
         record.write(record_path(self.output, self.task.id))
+        stamp(record_path(self.output, self.task.id), self.reading.changed)
         return record
 
     def _write_tails(self) -> list[tuple[str, str, int]]:

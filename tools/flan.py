@@ -159,6 +159,7 @@ class _Run:
         self, options: Options, tokenizer: Tokenizer, folder: Path, plan: dict[str, Any]
     ) -> None:
         from pipeline.data.flan import flan_layout
+        from pipeline.data.manifest import shard_names
         from tools.corpus_tasks import ids_dtype
 
         self.options, self.tokenizer, self.folder, self.plan = options, tokenizer, folder, plan
@@ -166,6 +167,7 @@ class _Run:
         self.layout = flan_layout(options.block_tokens, self.dtype)
         self.byte_lengths = tokenizer.byte_lengths()
         self.writers: dict[tuple[str, str], FlanWriter] = {}
+        self.names = shard_names(0)
 
     def write(self, files: dict[str, list[InputFile]]) -> Manifest:
         from pipeline.data.manifest import Manifest, TokenizerInfo
@@ -251,7 +253,7 @@ class _Run:
         writer = self.writers.get((split, source))
         if writer is None:
             sizes = {"pad": self.tokenizer.pad, "shard_bytes": self.options.shard_bytes}
-            writer = FlanWriter(self.folder, split, source, self.layout, **sizes)
+            writer = FlanWriter(self.folder, split, source, self.names, self.layout, **sizes)
             self.writers[split, source] = writer
         return writer
 

@@ -109,16 +109,26 @@ def run(options: Options) -> None:
     from pipeline.atomic import make_folder
     from pipeline.data.manifest import FILE_NAME, check_folder
     from pipeline.data.tokenizer import load
-    from tools.corpus import find_inputs, told_once
+    from tools.corpus import find_inputs, told_alike, told_once
     from tools.corpus_decontaminate import keep_evaluations
     from tools.corpus_finaliser import describe, remove_intermediate
-    from tools.corpus_plan import PLAN_FORMAT, Settings, check_plan, only_one, told_if_unwritable
+    from tools.corpus_plan import (
+        PLAN_FORMAT,
+        Settings,
+        check_plan,
+        only_one,
+        plan_tasks,
+        told_if_unwritable,
+    )
     from tools.corpus_step import Detached
+    from tools.corpus_unchanged import refuse_changed
 
     tokenizer = load(options.tokenizer)
     files = find_inputs(options.input, exclude=Path(options.output))
-    if again := told_once(files):
-        print(f"tokenize: {again}", file=sys.stderr)
+    inputs = [{"name": f.name, "size": f.size, "probe": f.probe()} for f in files]
+    for told in (told_once(files), told_alike(files, [str(item["probe"]) for item in inputs])):
+        if told:
+            print(f"tokenize: {told}", file=sys.stderr)
     evaluations = evaluations_of(options)
     chosen = {f.name: getattr(options, f.name) for f in dataclasses.fields(Settings)}
     chosen["decontaminate"] = evaluations.fingerprint if evaluations else ""
@@ -127,7 +137,7 @@ def run(options: Options) -> None:
         "format": PLAN_FORMAT,
         "tokenizer_sha256": tokenizer.sha256,
         "settings": dataclasses.asdict(settings),
-        "inputs": [{"name": f.name, "size": f.size, "probe": f.probe()} for f in files],
+        "inputs": inputs,
     }
     output = Path(options.output)
     check_plan(output, plan)
@@ -146,6 +156,12 @@ def run(options: Options) -> None:
                         print(f"tokenize: {told}")
                     return
         made = check_folder(output)
+        if untold := refuse_changed(output, files, plan_tasks(files, settings)):
+            print(
+                f"tokenize: {untold} of its tasks' records are missing or damaged: no change in "
+                "the middle of what they read would be noticed",
+                file=sys.stderr,
+            )
         remove_intermediate(output)
     print(f"tokenize: {output} is complete: {describe(made)}")
 
@@ -161,19 +177,20 @@ def tokenise(
     """Run the tasks that are not done, then finalise."""
     from pipeline.atomic import write_atomically
     from pipeline.data.encoder import encoder_of
-    from tools.corpus_earlier import forget_damaged, refuse_newer_inputs
+    from tools.corpus_earlier import forget_damaged
     from tools.corpus_finaliser import describe, finalise
     from tools.corpus_plan import check_plan, plan_path, plan_tasks
     from tools.corpus_stage import TOKENISE, run_stage
     from tools.corpus_tasks import TOKENIZER_FILE
+    from tools.corpus_unchanged import refuse_changed
 
     started = time.monotonic()
     settle(output, options)
     tasks = plan_tasks(files, settings)
     # Again, as what was at work until now may have done more.
-    changed = {*check_plan(output, plan), *refuse_newer_inputs(output, files, tasks)}
-    for name in sorted(changed):
+    for name in check_plan(output, plan):
         print(f"tokenize: {name} changed before anything was made of it", file=sys.stderr)
+    refuse_changed(output, files, tasks)
     write_atomically(output / TOKENIZER_FILE, tokenizer.model)
     write_atomically(plan_path(output), json.dumps(plan, indent=1) + "\n")
     engine = encoder_of(tokenizer).engine
@@ -185,9 +202,9 @@ def tokenise(
     forget_damaged(output, tasks)
     if settings.dedup != "none":
         find_all_duplicates(tasks, sizes, settings, output, runner)
-        refuse_changed(files, plan)
+        refuse_changed(output, files, tasks)
     run_stage(TOKENISE, tasks, sizes, settings, output, runner)
-    refuse_changed(files, plan)
+    refuse_changed(output, files, tasks)
     manifest = finalise(output, tasks, settings, tokenizer, plan["inputs"], options.max_reject_rate)
     print(f"tokenize: {output}: {describe(manifest)} ({time.monotonic() - started:.1f} s)")
 
@@ -202,12 +219,6 @@ def settle(output: Path, options: Options) -> None:
         from tools.corpus_engine import wait_for_orphans
 
         wait_for_orphans(output)
-
-
-def refuse_changed(files: list[InputFile], plan: dict[str, Any]) -> None:
-    """Raise UserError where an input is not what it was when this command began."""
-    for file, planned in zip(files, plan["inputs"], strict=True):
-        file.refuse_changed(planned["probe"])
 
 
 def evaluations_of(options: Options) -> Evaluations | None:

@@ -8,6 +8,7 @@ means no more rows); `tasks.npy` [rows], names as UTF-8 bytes; and the checksums
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ class FlanWriter:
 
     Args:
         folder: of the manifest.
+        names: from `shard_names`, shared by all splits and sources.
         layout: from `flan_layout`.
         pad: id that fills what rows leave free.
         shard_bytes: size at which a shard is full.
@@ -52,12 +54,13 @@ class FlanWriter:
         folder: Path,
         split: str,
         source: str,
+        names: Iterator[str],
         layout: SampleLayout,
         *,
         pad: int,
         shard_bytes: int,
     ) -> None:
-        self._folder, self._split, self._source = folder, split, source
+        self._folder, self._split, self._source, self._names = folder, split, source, names
         self._layout, self._pad = layout, pad
         self._limit = max(1, shard_bytes // layout.sample_bytes)
         self._room = {name: member.shape[0] for name, member in layout.by_name.items()}
@@ -82,8 +85,7 @@ class FlanWriter:
 
     def _write_sample(self) -> None:
         if self._writer is None:
-            part = len(self._shards)
-            path = self._folder / self._split / self._source / f"shard-000000-{part:03d}.tar"
+            path = self._folder / self._split / self._source / next(self._names)
             self._writer = ShardWriter(path, self._layout)
         inputs = np.full(self._room["inputs.npy"], self._pad, np.int64)
         targets = np.full(self._room["targets.npy"], self._pad, np.int64)

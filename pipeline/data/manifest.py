@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -132,6 +133,15 @@ class Manifest:
     def sources(self, split: str) -> tuple[str, ...]:
         """Names of the sources of one split, sorted."""
         return tuple(sorted({s for of, s in self._grouped if of == split and s is not None}))
+
+
+def shard_names(task: int) -> Iterator[str]:
+    """Names of the shards that a task makes, one after another, of whatever split and source.
+
+    No two shards of a folder are called alike, so that one in the place of another is told by the
+    keys in it, which begin with its name.
+    """
+    return (f"shard-{task:06d}-{part:03d}.tar" for part in count())
 
 
 def read_manifest(folder: str | Path) -> Manifest:

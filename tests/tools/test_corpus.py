@@ -1,20 +1,23 @@
 import gzip
 import json
+import os
 import random
 import subprocess
 import sys
 from pathlib import Path, PurePosixPath
+from unittest import mock
 
 import pytest
+import xxhash
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.options import UserError
 from tools import corpus_rows
-from tools.corpus import find_inputs, source_of_path, source_of_row, told_once
+from tools.corpus import find_inputs, source_of_path, source_of_row, told_alike, told_once
 from tools.corpus_rows import Document, Reject, Row, parse_row, read_documents, read_rows
-from tools.corpus_streams import Position
+from tools.corpus_streams import Reading
 
 lines = st.lists(
     st.one_of(
@@ -179,12 +182,40 @@ def test_the_position_runs_to_the_end_of_the_file(tmp_path, suffix):
     pack = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}[suffix]
     path = tmp_path / f"x{suffix}"
     path.write_bytes(pack(rows))
-    position = Position()
-    seen = [position.stored_bytes() for _ in read_documents(path, position=position)]
+    reading = Reading()
+    seen = [reading.stored_bytes() for _ in read_documents(path, reading=reading)]
     assert seen == sorted(seen)
     assert len(set(seen)) > 3
     assert seen[-1] <= path.stat().st_size
     assert seen[-1] > 0.5 * path.stat().st_size
+
+
+@given(st.lists(st.binary(max_size=30), max_size=20), st.integers(1, 200), st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_what_is_read_of_a_range_is_told_by_its_bytes_alone(tmp_path_factory, lines, step, buffer):
+    """However the lines lie in it."""
+    path = tmp_path_factory.mktemp("range") / "x.jsonl"
+    content = b"\n".join(lines)
+    path.write_bytes(content)
+    with mock.patch("tools.corpus_streams._READ_BYTES", buffer * 7):
+        for begin in range(0, max(1, len(content)), step):
+            end = min(begin + step, len(content))
+            reading = Reading(begin, end)
+            for _ in read_rows(path, begin, end, max_row_bytes=20, reading=reading):
+                pass
+            assert reading.digest() == xxhash.xxh3_64_hexdigest(content[begin:end])
+    assert reading.changed == path.stat().st_ctime_ns
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+def test_what_is_read_of_a_packed_file_is_told_by_its_stored_bytes(tmp_path, suffix):
+    pack = {".jsonl.gz": gzip.compress, ".jsonl.zst": zstandard.compress}[suffix]
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(b"".join(pack(random.Random(i).randbytes(300_000)) for i in range(3)))
+    reading = Reading()
+    for _ in read_rows(path, reading=reading):
+        pass
+    assert reading.digest() == xxhash.xxh3_64_hexdigest(path.read_bytes())
 
 
 def test_a_frame_that_unpacks_to_much_is_read_piece_by_piece(tmp_path):
@@ -322,3 +353,59 @@ def test_links_keep_their_names_and_a_file_counts_once(tmp_path):
     )
     assert found[1].other_names == ()
     assert told_once(found[1:]) is None
+
+
+def test_a_file_of_two_hard_links_or_two_globs_counts_once(tmp_path):
+    for name in ("github", "mirror"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "github/a.jsonl").write_text("{}\n")
+    (tmp_path / "mirror/a.jsonl").hardlink_to(tmp_path / "github/a.jsonl")
+    (tmp_path / "mirror/b.jsonl").write_text("{}\n")
+    found = find_inputs([f"{tmp_path}/*", f"{tmp_path}/mirror/*.jsonl", str(tmp_path / "github")])
+    assert [file.name for file in found] == ["github/a.jsonl", "mirror/b.jsonl"]
+    assert [len(file.other_names) for file in found] == [1, 0]
+    assert f"first {tmp_path}/mirror/a.jsonl (the same file as" in str(told_once(found))
+
+
+def test_what_looks_like_a_copy_is_told(tmp_path):
+    row = b'{"text": "a text"}\n'
+    contents = {"a.jsonl": row, "b.jsonl": row, "c.jsonl": row * 2, "d.jsonl": b"", "e.jsonl": b""}
+    contents["c.jsonl.zst"] = zstandard.compress(row * 2)
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    found = find_inputs([str(tmp_path)])
+    assert told_alike(found, [file.probe() for file in found]) == (
+        f"2 inputs look like a copy of another, first {tmp_path}/b.jsonl of {tmp_path}/a.jsonl: "
+        "leave out what repeats, or give --dedup exact"
+    )
+    some = [file for file in found if file.name in ("a.jsonl", "c.jsonl", "d.jsonl", "e.jsonl")]
+    assert told_alike(some, [file.probe() for file in some]) is None
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    os.mkfifo(tmp_path / "b.jsonl")
+    with pytest.raises(UserError, match=r"input='.*/b\.jsonl': is a pipe"):
+        find_inputs([str(tmp_path)])
+
+
+def test_a_folder_that_may_not_be_read_is_named_and_not_passed_over(tmp_path, monkeypatch):
+    for name in ("in/a.jsonl", "in/closed/b.jsonl", "in/lost+found/c.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+    access = os.access
+    closed = ("closed", "lost+found")
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: Path(path).name not in closed and access(path, mode)
+    )
+    for pattern in ("in", "in/**/*.jsonl", "in/*/*.jsonl", "in/**"):
+        with pytest.raises(UserError, match=r"input='.*/in/closed': this folder cannot be read"):
+            find_inputs([f"{tmp_path}/{pattern}"])
+    closed = ("lost+found",)
+    assert [file.name for file in find_inputs([f"{tmp_path}/in"])] == ["a.jsonl", "closed/b.jsonl"]
+
+
+def test_what_is_there_by_the_very_name_is_no_glob(tmp_path):
+    for name in ("[a].jsonl", "a.jsonl"):
+        (tmp_path / name).write_text(name)
+    assert [file.name for file in find_inputs([f"{tmp_path}/[a].jsonl"])] == ["[a].jsonl"]

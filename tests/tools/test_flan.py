@@ -165,3 +165,17 @@ def test_rows_that_change_while_they_are_read_are_refused(tmp_path, model, monke
     with pytest.raises(UserError, match=r"a\.jsonl': changed while it was read"):
         run(tmp_path, model)
     assert not (tmp_path / "out").exists()
+
+
+def test_shards_of_two_sources_that_traded_places_are_never_read(tmp_path, model):
+    rows = [row(i, task_source=source) for i in range(40) for source in ("CoT", "NIv2")]
+    (tmp_path / "a.jsonl").write_text("".join(rows))
+    out = run(tmp_path, model)
+    first, second = (out / shard.path for shard in read_manifest(out).select("train"))
+    assert first.stat().st_size == second.stat().st_size
+    FlanStore(out, "train").read(0)
+    first.rename(tmp_path / "held")
+    second.rename(first)
+    (tmp_path / "held").rename(second)
+    with pytest.raises(UserError, match="the file is another shard's"):
+        FlanStore(out, "train").read(0)

@@ -1,4 +1,5 @@
 import io
+import itertools
 import shutil
 import tarfile
 
@@ -89,13 +90,17 @@ def test_a_corrupt_block_is_never_returned(shards, tmp_path):
     store.read("github", 1)
 
 
-def test_shards_that_traded_places_are_never_read(shards, tmp_path):
+@pytest.mark.parametrize("sources", [("github", "github"), ("book", "github"), ("c4", "book")])
+def test_shards_that_traded_places_are_never_read(shards, tmp_path, sources):
     copy = tmp_path / "copy"
     shutil.copytree(shards, copy)
     store = SequenceStore(copy, "train", 512)
-    rows = store.manifest.select("train", "github")
+    ours, theirs = (reversed(store.manifest.select("train", source)) for source in sources)
+    # Last of all those that were made by one task, the joined tails.
     first, second = next(
-        (copy / a.path, copy / b.path) for a in rows for b in rows if a != b and a.bytes == b.bytes
+        (copy / a.path, copy / b.path)
+        for a, b in itertools.product(ours, list(theirs))
+        if a != b and a.bytes == b.bytes
     )
     first.rename(tmp_path / "held")
     second.rename(first)

@@ -1,8 +1,5 @@
 """What cannot be done is refused in a line, and costs nothing that is done."""
 
-import os
-import subprocess
-
 import pytest
 import zstandard
 
@@ -126,88 +123,6 @@ def test_files_of_two_names_are_counted_in_a_line(model, tmp_path, capsys):
     assert len(told) == 1
     assert "2 more names of files that are read once, first " in told[0]
     assert "book.jsonl (the same file as " in told[0]
-
-
-LARGE = {"task_bytes": 100_000, "shard_bytes": 100_000}
-
-
-def small_corpus(folder):
-    """One input of several tasks, over twice what a probe reads of either end."""
-    (folder / "in").mkdir()
-    (folder / "in/a.jsonl").write_bytes(b"".join(line(f"{i} text " * 20) for i in range(1500)))
-    return folder / "in"
-
-
-def other_byte(path, position):
-    """The next t becomes T, or the other way round."""
-    position = path.read_bytes().lower().index(b"t", position)
-    with open(path, "r+b") as file:
-        file.seek(position)
-        letter = file.read(1)
-        file.seek(position)
-        file.write(letter.swapcase())
-
-
-def swapped(path):
-    """Its last text is another; it tells the size and time that it had."""
-    before = path.stat()
-    other_byte(path, before.st_size - 40)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda path: other_byte(path, 150_000),
-        lambda path: path.write_bytes(path.read_bytes() + line("more")),
-        swapped,
-        os.unlink,
-    ],
-    ids=["middle", "appended", "swapped", "gone"],
-)
-def test_an_input_that_changes_meanwhile_is_refused_by_name(model, tmp_path, monkeypatch, change):
-    from tools import corpus_stage
-
-    inputs, run_stage = small_corpus(tmp_path), corpus_stage.run_stage
-
-    def run_then_change(*given):
-        run_stage(*given)
-        change(inputs / "a.jsonl")
-
-    monkeypatch.setattr(corpus_stage, "run_stage", run_then_change)
-    with pytest.raises(
-        UserError, match=r"input='.*/in/a\.jsonl': changed while it was read"
-    ) as caught:
-        run(inputs, model, tmp_path / "out", **LARGE)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "out/manifest.json").exists()
-
-
-def test_an_input_that_was_written_between_two_commands_is_refused(model, tmp_path, monkeypatch):
-    from tools import corpus_finaliser
-
-    inputs, out = small_corpus(tmp_path), tmp_path / "out"
-    path = inputs / "a.jsonl"
-    before = path.stat()
-    with monkeypatch.context() as patch:
-        patch.setattr(corpus_finaliser, "write_manifest", lambda *a: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run(inputs, model, out, **LARGE)
-    # Neither size nor ends tell.
-    other_byte(path, 150_000)
-    with pytest.raises(UserError, match=r"a\.jsonl': was written since .*touch --date=@") as caught:
-        run(inputs, model, out, **LARGE)
-    other_byte(path, 150_000)
-    touch = str(caught.value).partition("touch ")[2].split()[0]
-    subprocess.run(["touch", touch, str(path)], check=True)
-    assert path.stat().st_mtime_ns == before.st_mtime_ns
-    run(inputs, model, out, **LARGE)
-    assert content(out) == content(run(inputs, model, tmp_path / "again", **LARGE))
-    times = out / "tasks/inputs.times"
-    assert not times.exists()
-    # A finished folder is what it is, whatever became of its inputs' times.
-    os.utime(path)
-    run(inputs, model, out, **LARGE)
 
 
 def test_a_task_whose_sample_differs_fails(corpus, model, tmp_path, monkeypatch):
