@@ -10,7 +10,7 @@ import pytest
 
 from tests.distributed.entry import flags, losses, run_entry
 from tests.distributed.test_launch import wait_for_step
-from tests.soak.two_hosts import PORT, Pair, two_hosts
+from tests.distributed.two_hosts import PORT, Pair, two_hosts
 
 pytestmark = [pytest.mark.soak, pytest.mark.distributed, pytest.mark.privileged]
 STEPS = 60

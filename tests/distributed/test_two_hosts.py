@@ -16,10 +16,11 @@ from tests.distributed.entry import flags, losses, records
 from tests.distributed.parity import Case
 from tests.distributed.plain_training import plain
 from tests.distributed.test_launch import ROOT, wait_for_step
-from tests.soak.two_hosts import Pair, two_hosts
+from tests.distributed.two_hosts import Pair, two_hosts
 
-pytestmark = [pytest.mark.soak, pytest.mark.distributed, pytest.mark.privileged]
-STEPS, TOLERANCE = 100, 1e-5
+pytestmark = [pytest.mark.distributed, pytest.mark.privileged]
+soak = pytest.mark.soak
+STEPS, FEW, TOLERANCE = 100, 8, 1e-5
 SECONDS = 150  # for a launch to end
 
 
@@ -29,23 +30,18 @@ def pair(tmp_path: Path) -> Iterator[Pair]:
         yield hosts
 
 
-@pytest.fixture(scope="module")
-def expected(shards_dir: Path) -> list[float]:
-    """Losses of one process of plain PyTorch."""
-    return [step["loss"] for step in plain(Case(), shards_dir, STEPS)]
-
-
 def finish(process: subprocess.Popen[str], seconds: float = SECONDS) -> tuple[int, str]:
     """Exit code and output."""
     output, _ = process.communicate(timeout=seconds)
     return process.returncode, output
 
 
-def check_losses(run: Path, expected: list[float]) -> None:
-    found = losses(run)
-    assert sorted(found) == list(range(1, STEPS + 1))
+def check_losses(run: Path, shards: Path, steps: int) -> None:
+    """Against one process of plain PyTorch."""
+    found, expected = losses(run), [step["loss"] for step in plain(Case(), shards, steps)]
+    assert sorted(found) == list(range(1, steps + 1))
     worst = max(abs(found[step] - loss) / loss for step, loss in enumerate(expected, start=1))
-    print(f"largest relative difference of a loss over {STEPS} steps: {worst:.1e}")
+    print(f"largest relative difference of a loss over {steps} steps: {worst:.1e}")
     assert worst < TOLERANCE
     nodes = json.loads((run / "preflight.json").read_text())["nodes"]
     assert {name: (node["ranks"], node["interface"]) for name, node in nodes.items()} == {
@@ -55,25 +51,27 @@ def check_losses(run: Path, expected: list[float]) -> None:
     assert (run / "FINISHED").exists()
 
 
+@soak
 def test_by_pdsh_the_losses_are_those_of_plain_pytorch(
-    pair: Pair, expected: list[float], shards_dir: Path, tmp_path: Path
+    pair: Pair, shards_dir: Path, tmp_path: Path
 ) -> None:
     pair.serve_ssh()
     run = tmp_path / "a run"
     code, output = finish(pair.launch_by_pdsh(flags(run, shards_dir, steps=STEPS)))
     assert code == 0, output
     assert "n0 (rank 0), n1 (rank 1) agree; all-reduce " in output
-    check_losses(run, expected)
+    check_losses(run, shards_dir, STEPS)
 
 
+@pytest.mark.parametrize("steps", [FEW, pytest.param(STEPS, marks=soak)])
 def test_without_ssh_the_losses_are_those_of_plain_pytorch(
-    pair: Pair, expected: list[float], shards_dir: Path, tmp_path: Path
+    pair: Pair, shards_dir: Path, tmp_path: Path, steps: int
 ) -> None:
     run = tmp_path / "run"
-    for process in pair.launch_without_ssh(flags(run, shards_dir, steps=STEPS)):
+    for process in pair.launch_without_ssh(flags(run, shards_dir, steps=steps)):
         code, output = finish(process)
         assert code == 0, output
-    check_losses(run, expected)
+    check_losses(run, shards_dir, steps)
 
 
 def other_data(shards: Path, corpus: Path, folder: Path) -> Path:
@@ -115,6 +113,7 @@ def test_a_node_with_other_data_is_named_before_any_training(
     assert "bring the same folder to every node" in told
 
 
+@soak
 def test_a_node_with_other_code_is_named_before_any_training(
     pair: Pair, shards_dir: Path, tmp_path: Path
 ) -> None:
@@ -128,6 +127,7 @@ def test_a_node_with_other_code_is_named_before_any_training(
     assert "(other pipeline/sources.py), n0 (rank 0) has " in told
 
 
+@soak
 def test_a_run_folder_that_is_not_shared_is_refused(
     pair: Pair, shards_dir: Path, tmp_path: Path
 ) -> None:
@@ -161,6 +161,7 @@ def check_cut(pair: Pair, launched: list[subprocess.Popen[str]], run: Path, limi
     assert not (run / "FINISHED").exists()
 
 
+@soak
 def test_a_cut_cable_fails_a_collective_and_the_host_behind_it_is_named(
     pair: Pair, shards_dir: Path, tmp_path: Path
 ) -> None:
@@ -170,6 +171,7 @@ def test_a_cut_cable_fails_a_collective_and_the_host_behind_it_is_named(
     check_cut(pair, pair.launch_without_ssh(asked), run, 15)
 
 
+@soak
 def test_under_pdsh_the_watchdog_ends_a_run_whose_cable_is_cut(
     pair: Pair, shards_dir: Path, tmp_path: Path
 ) -> None:
@@ -179,6 +181,7 @@ def test_under_pdsh_the_watchdog_ends_a_run_whose_cable_is_cut(
     check_cut(pair, [pair.launch_by_pdsh(asked)], run, 8)
 
 
+@soak
 def test_one_hosts_launcher_killed_is_a_fault_to_the_others_and_no_stop(
     pair: Pair, shards_dir: Path, tmp_path: Path
 ) -> None:
