@@ -125,7 +125,15 @@ def test_two_launches_of_one_run_do_not_disturb_each_other(
     run = tmp_path / "run"
     first = launch("pretrain", long_run(run, shards_dir))
     wait_for_step(run, 1)
-    code, output = finish(launch("pretrain", long_run(run, shards_dir)))
+    # Held still, so that it is not at its end before the other has come to the lock.
+    running = [psutil.Process(first.pid), *psutil.Process(first.pid).children(recursive=True)]
+    for process in running:
+        process.suspend()
+    try:
+        code, output = finish(launch("pretrain", long_run(run, shards_dir)))
+    finally:
+        for process in running:
+            process.resume()
     assert code == 1
     assert "is working on it; wait for it or stop it" in output
     code, output = finish(first)
