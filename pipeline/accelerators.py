@@ -6,6 +6,7 @@ direction of its links, and the board's power limit.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 # Dense FLOP/s by device name part and numbers, from the makers' data sheets. bf16 is the tensor
@@ -31,7 +32,8 @@ DENSE_PEAKS: dict[str, dict[str, float]] = {
 def tabulated_peak(device_name: str, numbers: str) -> float | None:
     """Dense FLOP/s of the device that calls itself `device_name`; None where it is not known."""
     for part, peaks in DENSE_PEAKS.items():
-        if part in device_name:
+        # Not the A10 in A1000, nor the slower variants of a desktop's card.
+        if re.search(rf"{part}(?!\w| D\b| Laptop)", device_name):
             return peaks[numbers]
     return None
 

@@ -2,7 +2,7 @@
 
 They decide ZeRO, offload and communication; everything else is RunConfig's, and an overlap is
 refused. DeepSpeed itself accepts a key where it means nothing (a stage-3 bucket at stage 1), which
-here is a mistake to be told.
+here is a mistake to be told, and finds a wrong value only once every rank has started.
 """
 
 from __future__ import annotations
@@ -36,6 +36,29 @@ ZERO_KEYS: dict[str, tuple[int, ...]] = {
     "stage3_max_reuse_distance": (3,),
     "offload_optimizer": (1, 2, 3),
     "offload_param": (3,),
+}
+# Those that are not a number of elements; sections have their own rules.
+ZERO_FLAGS = frozenset(
+    {"overlap_comm", "contiguous_gradients", "reduce_scatter", "allgather_partitions"}
+)
+ZERO_SECTIONS = ("offload_optimizer", "offload_param")
+SMALLEST = {"zero_optimization.reduce_bucket_size": 1}  # 0 of the others is a number too
+# What an offload may say. Not `ratio` and `super_offload`: DeepSpeed then steps with an Adam of its
+# own, whatever the run's optimizer is.
+OFFLOAD_TYPES: dict[str, dict[str, type]] = {
+    "offload_optimizer": {
+        **{"device": str, "nvme_path": str, "pin_memory": bool, "buffer_count": int},
+        **{"fast_init": bool, "pipeline_read": bool, "pipeline_write": bool},
+    },
+    "offload_param": {
+        **{"device": str, "nvme_path": str, "pin_memory": bool, "buffer_count": int},
+        **{"buffer_size": int, "max_in_cpu": int},
+    },
+}
+COMMUNICATION_TYPES = ("fp32", "bf16", "fp16")
+# Of DeepSpeed's log of collectives.
+LOGGER_TYPES: dict[str, type] = {
+    **{"enabled": bool, "prof_all": bool, "prof_ops": list, "verbose": bool, "debug": bool},
 }
 # Of reading and writing NVMe disks, to which DeepSpeed does not hold a file.
 AIO_TYPES: dict[str, type] = {
@@ -74,7 +97,12 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
             "there"
         )
     problems += zero_problems(zero)
-    problems += aio_problems(settings.get("aio", {}))
+    data_type = settings.get("communication_data_type", "fp32")
+    if data_type not in COMMUNICATION_TYPES:
+        given = ", ".join(COMMUNICATION_TYPES)
+        problems.append(f"communication_data_type={data_type!r}; give one of {given}")
+    for section, types in (("comms_logger", LOGGER_TYPES), ("aio", AIO_TYPES)):
+        problems += section_problems(section, settings.get(section, {}), types)
     if problems:
         raise UserError(f"ds_config={path!r}: {'; '.join(problems)}")
     return dict(settings)
@@ -95,12 +123,15 @@ def zero_problems(zero: Mapping[str, Any]) -> Iterable[str]:
         elif stage not in ZERO_KEYS[key]:
             stages = ", ".join(map(str, ZERO_KEYS[key]))
             yield f"zero_optimization.{key} means nothing at stage {stage}, only at {stages}"
+        elif key not in ("stage", *ZERO_SECTIONS):
+            kind = bool if key in ZERO_FLAGS else int
+            yield from value_problems(f"zero_optimization.{key}", zero[key], kind)
     if zero.get("overlap_comm"):
         yield (
             "overlap_comm=true does not go with a loss that comes in chunks, each added to "
             "gradients that may still be on their way; set it to false"
         )
-    for section in ("offload_optimizer", "offload_param"):
+    for section in ZERO_SECTIONS:
         if section in zero:
             yield from _offload_problems(section, zero[section])
 
@@ -109,21 +140,36 @@ def _offload_problems(section: str, offload: Any) -> Iterable[str]:
     device = offload.get("device") if isinstance(offload, Mapping) else None
     if device not in OFFLOAD_DEVICES:
         yield f"{section}.device={device!r}; give cpu or nvme, or leave the section out"
-    elif device == "nvme" and not offload.get("nvme_path"):
-        yield f"{section}.nvme_path is missing; give a folder on a local disk"
-
-
-def aio_problems(aio: Any) -> Iterable[str]:
-    """What is wrong with an aio section."""
-    known = ", ".join(sorted(AIO_TYPES))
-    if not isinstance(aio, Mapping):
-        yield f"aio={aio!r}; give a section of {known}"
         return
-    for key, value in sorted(aio.items()):
-        if key not in AIO_TYPES:
-            yield f"aio.{key} is not supported; give only {known}"
-        elif type(value) is not AIO_TYPES[key]:
-            yield f"aio.{key}={value!r}; give a value of type {AIO_TYPES[key].__name__}"
+    if device == "nvme" and not offload.get("nvme_path"):
+        yield f"{section}.nvme_path is missing; give a folder on a local disk"
+    yield from section_problems(section, offload, OFFLOAD_TYPES[section])
+
+
+def section_problems(name: str, section: Any, types: Mapping[str, type]) -> Iterable[str]:
+    """What is wrong with a section whose keys and their types are `types`."""
+    known = ", ".join(sorted(types))
+    if not isinstance(section, Mapping):
+        yield f"{name}={section!r}; give a section of {known}"
+        return
+    for key, value in sorted(section.items()):
+        if key not in types:
+            yield f"{name}.{key} is not supported; give only {known}"
+        else:
+            yield from value_problems(f"{name}.{key}", value, types[key])
+
+
+def value_problems(name: str, value: Any, kind: type) -> Iterable[str]:
+    """What is wrong with one value; a whole number may be written as 5e8."""
+    if kind is int and type(value) is float and value.is_integer():
+        value = int(value)
+    if type(value) is not kind:
+        yield f"{name}={value!r}; give {_KINDS[kind]}"
+    elif kind is int and isinstance(value, int) and value < SMALLEST.get(name, 0):
+        yield f"{name}={value}: too small; give at least {SMALLEST.get(name, 0)}"
+
+
+_KINDS = {bool: "true or false", int: "a whole number", str: "a text", list: "a list"}
 
 
 def zero_stage(settings: Mapping[str, Any]) -> int:
@@ -140,7 +186,7 @@ def run_problems(
     settings: Mapping[str, Any], *, precision: str, compiled: bool = False
 ) -> Iterable[str]:
     """What a file cannot do with what a run asks for."""
-    for section in ("offload_optimizer", "offload_param"):
+    for section in ZERO_SECTIONS:
         if settings["zero_optimization"].get(section, {}).get("device") == "nvme":
             yield (
                 f"{section}.device='nvme': DeepSpeed then keeps no fp32 masters in memory, and "

@@ -105,7 +105,7 @@ def check_run(stage: Stage, argv: Sequence[str]) -> Plan:
     document = describe(stage, config, model, manifest)
     refuse_other_run(folder, document)
     if not config.restart:
-        folder.refuse_lost_checkpoints()
+        folder.refuse_lost_checkpoints(document["run"])
     return Plan(config, model, ds_settings, folder, document, fitted)
 
 

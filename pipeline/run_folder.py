@@ -155,16 +155,17 @@ class RunFolder:
         lines = self.lines("ledger.jsonl")
         return [int(x["start"]) // global_batch for x in lines if x["event"] == "discarded"]
 
-    def refuse_lost_checkpoints(self) -> None:
+    def refuse_lost_checkpoints(self, asked: Mapping[str, Any]) -> None:
         """Raise UserError where checkpoints were or must have been completed and none is there.
 
-        What a kill left under a hidden name counts as there: it may be whole.
+        What a kill left under a hidden name counts as there: it may be whole. `asked` is what the
+        run is told now, for where its config.json is lost too.
         """
         if any(any(self.checkpoints.glob(f"{dot}step_*/COMPLETE.json")) for dot in ("", ".")):
             return
         completed = self.completed_checkpoints()
         if not completed:
-            self._refuse_unrecorded_checkpoints()
+            self._refuse_unrecorded_checkpoints(asked)
         else:
             raise UserError(
                 f"checkpoints={str(self.checkpoints)!r}: the run completed one at step "
@@ -172,33 +173,45 @@ class RunFolder:
                 "over"
             )
 
-    def _refuse_unrecorded_checkpoints(self) -> None:
-        """Raise UserError where the last attempt trained as far as its first checkpoint's step."""
-        steps = self.lines("metrics.jsonl")
-        saves = self.lines("checkpoints.jsonl")
+    def _refuse_unrecorded_checkpoints(self, asked: Mapping[str, Any]) -> None:
+        """Raise UserError where the last attempt trained as far as its first checkpoint's step.
+
+        By whichever of the files that tell of steps is left.
+        """
+        made = [
+            (int(line["attempt"]), int(line["step"]), name, line)
+            for name in ("metrics.jsonl", "ledger.jsonl", "eval.jsonl")
+            for line in self.lines(name)
+            if line["step"] > 0 and line.get("event") != "discarded"
+        ]
         under_way = any(self.checkpoints.glob(".step_*"))
-        if not steps or not self.config_file.exists() or under_way:
+        if not made or under_way:
             return
-        attempt = steps[-1]["attempt"]
+        attempt, reached, file, _ = max(made, key=lambda one: one[:2])
         # It started over, or wrote down that a save failed: nothing was lost.
+        saves = self.lines("checkpoints.jsonl")
         if any(line["attempt"] >= attempt and line["event"] != "saved" for line in saves):
             return
-        asked = self.read_config()["run"]
+        if self.config_file.exists():
+            asked = self.read_config()["run"]
         retention = Retention(
             save_every=asked.get("checkpoint_every", 0),
             keep_last=1,
             keep_every=asked.get("keep_every", 0),
             log_spaced=asked.get("log_spaced_checkpoints", 0),
         )
-        reached = max(int(line["step"]) for line in steps if line["attempt"] == attempt)
         # One that is due in a row of skipped steps is made after it.
-        applied = max((int(line["step"]) for line in steps if not line.get("skipped")), default=0)
-        passed = range(1, min(reached, applied) + 1)
+        applied = (
+            step
+            for _, step, _, line in made
+            if not line.get("skipped") and line.get("event") != "skipped"
+        )
+        passed = range(1, min(reached, max(applied, default=0)) + 1)
         due = next((step for step in passed if retention.is_due(step)), None)
         # A run makes checkpoints/ as it starts; a kill may come between a step's line and its save.
         if due is not None and (reached > due or not self.checkpoints.exists()):
             raise UserError(
-                f"checkpoints={str(self.checkpoints)!r}: metrics.jsonl goes to step {reached}, a "
+                f"checkpoints={str(self.checkpoints)!r}: {file} goes to step {reached}, a "
                 f"checkpoint was due at step {due} and none is there; restore checkpoints/ and "
                 "checkpoints.jsonl, or give --restart=true to start over"
             )

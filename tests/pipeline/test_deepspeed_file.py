@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.deepspeed_file import AIO_TYPES, ZERO_KEYS, read_deepspeed_file, run_problems
+from pipeline.deepspeed_file import (
+    AIO_TYPES,
+    COMMUNICATION_TYPES,
+    LOGGER_TYPES,
+    OFFLOAD_TYPES,
+    ZERO_FLAGS,
+    ZERO_KEYS,
+    read_deepspeed_file,
+    run_problems,
+)
 from pipeline.options import UserError
 
 FOLDER = Path("ds_configs")
@@ -45,6 +54,23 @@ def test_deepspeed_knows_every_key_that_we_accept() -> None:
     assert set(ZERO_KEYS) <= known
     with pytest.raises(ValueError, match="Extra inputs"):
         DeepSpeedZeroConfig(stage=3, stag=1)
+
+
+def test_deepspeeds_values_are_of_the_types_that_we_ask_for() -> None:
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.runtime.config import get_communication_data_type
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    zero = DeepSpeedZeroConfig(stage=1, offload_optimizer={}, offload_param={})
+    names = {field.alias or name: name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    for key in set(ZERO_KEYS) - {"stage", *OFFLOAD_TYPES}:
+        assert type(getattr(zero, names[key])) is (bool if key in ZERO_FLAGS else int), key
+    sections = {name: (getattr(zero, name), types) for name, types in OFFLOAD_TYPES.items()}
+    for section, types in [*sections.values(), (CommsLoggerConfig(), LOGGER_TYPES)]:
+        for key, kind in types.items():
+            assert kind is str or type(getattr(section, key)) is kind, key
+    for name in COMMUNICATION_TYPES:
+        assert get_communication_data_type({"communication_data_type": name}) is not None
 
 
 def test_deepspeed_knows_every_aio_key_that_we_accept() -> None:
@@ -84,10 +110,32 @@ def aio(**keys: object) -> str:
         (zero(1, offload_optimizer="cpu"), "offload_optimizer.device=None; give cpu or nvme"),
         (zero(3, offload_param={"device": "nvme"}), "offload_param.nvme_path is missing"),
         (aio(queue_dept=8), "aio.queue_dept is not supported; give only block_size, intra_op"),
-        (aio(block_size="1M"), "aio.block_size='1M'; give a value of type int"),
-        (aio(queue_depth=True), "aio.queue_depth=True; give a value of type int"),
-        (aio(single_submit=0), "aio.single_submit=0; give a value of type bool"),
+        (aio(block_size="1M"), "aio.block_size='1M'; give a whole number"),
+        (aio(queue_depth=True), "aio.queue_depth=True; give a whole number"),
+        (aio(single_submit=0), "aio.single_submit=0; give true or false"),
         ('{"zero_optimization": {"stage": 3}, "aio": 1}', "aio=1; give a section of block_size"),
+        (zero(1, reduce_bucket_size="auto"), "reduce_bucket_size='auto'; give a whole number"),
+        (zero(1, reduce_bucket_size=2.5), "reduce_bucket_size=2.5; give a whole number"),
+        (zero(1, reduce_bucket_size=0), "reduce_bucket_size=0: too small; give at least 1"),
+        (zero(3, sub_group_size=-1), "sub_group_size=-1: too small; give at least 0"),
+        (zero(2, contiguous_gradients=1), "contiguous_gradients=1; give true or false"),
+        (
+            zero(3, offload_optimizer={"device": "cpu", "ratio": 0.5}),
+            "offload_optimizer.ratio is not supported; give only buffer_count, device",
+        ),
+        (zero(3, offload_param={"device": "cpu", "pin": 1}), "offload_param.pin is not supported"),
+        (
+            zero(1, offload_optimizer={"device": "cpu", "pin_memory": "yes"}),
+            "offload_optimizer.pin_memory='yes'; give true or false",
+        ),
+        (
+            '{"zero_optimization": {"stage": 3}, "communication_data_type": "int8"}',
+            "communication_data_type='int8'; give one of fp32, bf16, fp16",
+        ),
+        (
+            '{"zero_optimization": {"stage": 3}, "comms_logger": {"prof_al": true}}',
+            "comms_logger.prof_al is not supported; give only debug, enabled",
+        ),
         ("{", "not JSON"),
     ],
 )
@@ -99,6 +147,15 @@ def test_a_deepspeed_file_may_not_decide_what_the_run_decides(
     with pytest.raises(UserError) as caught:
         read_deepspeed_file(str(file))
     assert part in str(caught.value)
+
+
+def test_a_number_may_be_written_as_deepspeeds_pages_write_it(tmp_path: Path) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": 5e6}}')
+    read = read_deepspeed_file(str(file))["zero_optimization"]
+    assert DeepSpeedZeroConfig(**read).reduce_bucket_size == 5_000_000
 
 
 def test_every_mistake_of_a_file_is_told_at_once(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from pipeline.atomic import write_atomically
 from pipeline.options import Fault, UserError
 from pipeline.run_folder import RunFolder
 
+SETTINGS = {"checkpoint_every": 4, "keep_every": 0, "log_spaced_checkpoints": 0}
+
 
 def test_a_torn_last_line_is_cut_and_nothing_else(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
@@ -72,49 +74,67 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
 
 def test_a_lost_checkpoint_is_never_a_silent_start_from_scratch(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.refuse_lost_checkpoints()  # nothing was begun
+    folder.refuse_lost_checkpoints(SETTINGS)  # nothing was begun
     folder.append("metrics.jsonl", {"step": 3, "attempt": 1})
-    folder.refuse_lost_checkpoints()  # stopped before its first checkpoint
+    folder.refuse_lost_checkpoints(SETTINGS)  # stopped before its first checkpoint
     folder.append("checkpoints.jsonl", {"step": 2, "attempt": 1, "event": "saved"})
     with pytest.raises(UserError, match=r"one at step 2 and none is there.*--restart"):
-        folder.refuse_lost_checkpoints()
+        folder.refuse_lost_checkpoints(SETTINGS)
     whole = tmp_path / "checkpoints" / "step_2" / "COMPLETE.json"
     write_atomically(whole, "{}")
-    folder.refuse_lost_checkpoints()
+    folder.refuse_lost_checkpoints(SETTINGS)
     whole.unlink()
     folder.append("checkpoints.jsonl", {"event": "restarted", "attempt": 2})
-    folder.refuse_lost_checkpoints()
+    folder.refuse_lost_checkpoints(SETTINGS)
 
 
 def test_training_past_the_first_checkpoints_step_without_one_is_refused(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    settings = {"checkpoint_every": 4, "keep_every": 0, "log_spaced_checkpoints": 0}
-    folder.write_config({"run": settings, "data": {}, "model": {}})
+    folder.write_config({"run": SETTINGS, "data": {}, "model": {}})
     for step in (1, 2, 3):
         folder.append("metrics.jsonl", {"step": step, "attempt": 1})
-    folder.refuse_lost_checkpoints()
+    folder.refuse_lost_checkpoints(SETTINGS)
     folder.append("metrics.jsonl", {"step": 4, "attempt": 1})
     with pytest.raises(UserError, match=r"goes to step 4, a checkpoint was due at step 4.*restart"):
-        folder.refuse_lost_checkpoints()
+        folder.refuse_lost_checkpoints(SETTINGS)
     # A kill before that save leaves its folder, one in the middle what it had begun.
     (tmp_path / "checkpoints").mkdir()
-    folder.refuse_lost_checkpoints()
+    folder.refuse_lost_checkpoints(SETTINGS)
     folder.append("metrics.jsonl", {"step": 5, "attempt": 1})
     with pytest.raises(UserError, match="goes to step 5"):
-        folder.refuse_lost_checkpoints()
+        folder.refuse_lost_checkpoints(SETTINGS)
     (tmp_path / "checkpoints" / ".step_4.partial").mkdir()
-    folder.refuse_lost_checkpoints()
+    folder.refuse_lost_checkpoints(SETTINGS)
     shutil.rmtree(tmp_path / "checkpoints")
     # A save that failed is written down.
     folder.append("checkpoints.jsonl", {"step": 4, "attempt": 1, "event": "failed"})
-    folder.refuse_lost_checkpoints()
+    folder.refuse_lost_checkpoints(SETTINGS)
     (tmp_path / "checkpoints.jsonl").unlink()
     folder.append("checkpoints.jsonl", {"event": "restarted", "attempt": 2})
-    folder.refuse_lost_checkpoints()
+    folder.refuse_lost_checkpoints(SETTINGS)
     for step in (1, 2, 3, 4):
         folder.append("metrics.jsonl", {"step": step, "attempt": 3})
     with pytest.raises(UserError, match="goes to step 4"):
-        folder.refuse_lost_checkpoints()
+        folder.refuse_lost_checkpoints(SETTINGS)
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "ledger.jsonl", "eval.jsonl"])
+def test_any_record_of_steps_tells_that_checkpoints_are_lost(left: str, tmp_path: Path) -> None:
+    """Where all else is gone, config.json too: what is asked now says when one was due."""
+    folder = RunFolder(tmp_path)
+    for step in (0, 3):
+        folder.append(left, {"step": step, "attempt": 2})
+        folder.refuse_lost_checkpoints(SETTINGS)
+    for event in ("discarded", "skipped"):
+        folder.append("ledger.jsonl", {"step": 4, "attempt": 2, "event": event})
+        folder.refuse_lost_checkpoints(SETTINGS)
+    folder.append(left, {"step": 5, "attempt": 2})
+    with pytest.raises(UserError, match=f"{left} goes to step 5, a checkpoint was due at step 4"):
+        folder.refuse_lost_checkpoints(SETTINGS)
+    folder.refuse_lost_checkpoints({**SETTINGS, "checkpoint_every": 0})
+    # What it was told then counts where it is known.
+    folder.write_config({"run": {**SETTINGS, "checkpoint_every": 9}, "data": {}, "model": {}})
+    folder.refuse_lost_checkpoints(SETTINGS)
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
