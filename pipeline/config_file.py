@@ -33,7 +33,7 @@ def load_with_file(cls: type[C], argv: Sequence[str], prog: str) -> C:
             values[head] = {**values[head], rest: value}
         else:
             values[key] = value
-    return load(cls, values, source=path or prog)
+    return load(cls, values, source=f"{path} with its flags" if path and flags else path or prog)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -45,7 +45,8 @@ def run_as_program(main: Callable[[], None]) -> None:
         _tell(error, "" if rank == "0" else f"rank {rank}: ")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        if rank == "0":  # a terminal interrupts them all
+            print("interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()

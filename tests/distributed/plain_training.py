@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,19 +63,36 @@ def plain(
         warmth = (1 + math.cos(math.pi * step / (steps - 1))) / 2
         for group in masters.optimizer.param_groups:
             group["lr"] = PEAK * (0.1 + 0.9 * warmth) * group.get("lr_scale", 1.0)
-        batch = Batch(inputs, targets, mask, encoder_ids=encoder)
         sources = torch.from_numpy(order.locate(np.array(places))[0])
-        by_row = model.token_nll(batch).sum(1)
-        terms = model(batch, Z_LOSS)
-        (share * terms.objective / scored).backward()
+        by_row, nll, z = torch.zeros(BATCH), 0.0, 0.0
+        for rows in at_once(case, step):
+            source = None if encoder is None else encoder[rows]
+            batch = Batch(inputs[rows], targets[rows], mask[rows], encoder_ids=source)
+            drawn_from = torch.get_rng_state()
+            by_row[rows] = model.token_nll(batch).sum(1)
+            torch.set_rng_state(drawn_from)
+            terms = model(batch, Z_LOSS)
+            (share * terms.objective / scored).backward()
+            nll, z = nll + share * float(terms.nll) / scored, z + share * float(terms.z) / scored
         norm = masters.step()
-        z = share * float(terms.z) / scored
-        found.append({"loss": share * float(terms.nll) / scored, "norm": float(norm), "z": z})
+        found.append({"loss": nll, "norm": float(norm), "z": z})
         for index, name in enumerate(order.mixture.sources):
             targets_of = share * int(mask[sources == index].sum())
             if targets_of:
                 found[-1][name] = share * float(by_row[sources == index].sum()) / targets_of
     return found
+
+
+def at_once(case: Case, step: int) -> Iterator[slice]:
+    """Rows of one forward pass: all of them, or what 2 ranks' passes draw dropout for, each rank
+    from its own seed."""
+    if not dict(case.model).get("dropout"):
+        yield slice(0, BATCH)
+        return
+    for low in range(0, BATCH, case.micro_batch):
+        if low % (BATCH // 2) == 0:
+            torch.manual_seed(hash((0, step, low // (BATCH // 2))) % 2**63)
+        yield slice(low, low + case.micro_batch)
 
 
 def drawn(case: Case, step: int, sampled: int) -> torch.Tensor:

@@ -156,11 +156,11 @@ def test_so_do_other_optimizers(
     check_every_layout(tmp_path, worlds, optimizer, "fp32", 1e-5)
 
 
-def offloaded_legs(
+def two_legs_of_one_layout(
     target: Path, stage: int, optimizer: str, precision: str, zero: dict[str, Any]
 ) -> list[list[float]]:
-    """On this rank, with states in CPU memory: three steps, a save, three more; those again, with
-    the states there and then on the device."""
+    """On this rank: three steps, a save, three more; those again, and then without what `zero` says
+    of where states are."""
     from pipeline import checkpoint, distributed
 
     world = distributed.start(timeout_seconds=60, threads=1)
@@ -183,7 +183,7 @@ def check_offloaded(
     from pipeline.checkpointing.folder import digest, read_state
 
     asked = (folder, stage, optimizer, precision, zero)
-    whole, offloaded, not_offloaded = run_ranks(offloaded_legs, 2, *asked)[0]
+    whole, offloaded, not_offloaded = run_ranks(two_legs_of_one_layout, 2, *asked)[0]
     assert offloaded == whole
     assert not_offloaded == pytest.approx(whole, rel=rel)
     saved = folder / "step_3"
@@ -210,6 +210,24 @@ def test_so_are_masters_of_bf16_in_cpu_memory(optimizer: str, stage: int, tmp_pa
     """At stage 3 with the parameters there too."""
     zero = OFFLOAD | ({"offload_param": {"device": "cpu"}} if stage == 3 else {})
     check_offloaded(tmp_path, stage, optimizer, "bf16", zero, 2e-2)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("stage", "optimizer", "precision"),
+    [
+        (0, "adamw", "fp32"),
+        (0, "factored", "fp32"),
+        (1, "muon", "fp32"),
+        (1, "factored", "bf16"),
+        (2, "adafactor_with_momentum", "fp32"),
+        (2, "muon", "bf16"),
+    ],
+)
+def test_the_same_layout_goes_on_bit_for_bit_at_every_stage(
+    stage: int, optimizer: str, precision: str, tmp_path: Path
+) -> None:
+    check_offloaded(tmp_path, stage, optimizer, precision, {}, 0)
 
 
 @pytest.mark.soak

@@ -68,6 +68,9 @@ def whole(shards_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("launch") / "whole"
     code, output = finish(launch("pretrain", long_run(run, shards_dir)))
     assert code == 0, output
+    # Of two ranks' DeepSpeed and torch not a word.
+    assert [line for line in output.splitlines() if not line.startswith("whole: ")] == []
+    assert "whole: starts; decllm nano, " in output
     return run
 
 

@@ -94,5 +94,18 @@ CHOICES = [
 ]
 
 
+# What is left out is drawn, and drawn again where activations are made anew.
+DROPPING = [
+    Case("decllm", model=(("dropout", 0.2),), micro_batch=3, checkpointing=True),
+    Case("redllm", 2, model=(("dropout", 0.2),)),
+]
+
+
+def test_dropout_leaves_out_the_same_as_in_one_process(shards_dir: Path) -> None:
+    assert not too_large(differences(DROPPING, shards_dir, 3, 2), TOLERANCE)
+    kept = plain(Case("redllm"), shards_dir, 3)
+    assert largest_difference(plain(DROPPING[1], shards_dir, 3), kept) > 1e-3
+
+
 def test_choices_of_a_model_equal_plain_pytorch_at_stage_3(shards_dir: Path) -> None:
     assert not too_large(differences(CHOICES, shards_dir, 3, 2), TOLERANCE)

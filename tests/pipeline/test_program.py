@@ -12,10 +12,13 @@ from pipeline.options import Fault, UserError
 
 
 def ended(
-    error: BaseException, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: BaseException,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rank: int = 3,
 ) -> tuple[int, str]:
-    """Exit code and stderr of a program, rank 3 of a launch, that ends with `error`."""
-    monkeypatch.setenv("RANK", "3")
+    """Exit code and stderr of a program, one rank of a launch, that ends with `error`."""
+    monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setattr(program, "OTHER_RANKS_WAIT", 0)
 
     def main() -> None:
@@ -37,7 +40,7 @@ def ended(
             "rank 3: error: /runs/a/config.json: cannot be written (No space left on device); make "
             "room there\n",
         ),
-        (KeyboardInterrupt(), 130, "interrupted; the same command goes on from here\n"),
+        (KeyboardInterrupt(), 130, ""),
     ],
 )
 def test_what_is_known_is_one_line(
@@ -48,6 +51,11 @@ def test_what_is_known_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert ended(error, monkeypatch, capsys) == (code, line)
+
+
+def test_an_interrupted_launch_says_so_once(monkeypatch, capsys) -> None:
+    said = "interrupted; the same command goes on from here\n"
+    assert ended(KeyboardInterrupt(), monkeypatch, capsys, rank=0) == (130, said)
 
 
 def test_what_nobody_thought_of_keeps_its_traceback() -> None:

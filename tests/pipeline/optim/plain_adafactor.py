@@ -6,8 +6,9 @@ plain: no flat tensors, no collectives, none of the package's code. Itself compa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -26,6 +27,21 @@ class Rule:
     min_dim_size_to_factor: int = 128
     epsilon1: float = 1e-30
     epsilon2: float = 1e-3
+
+
+def every_rule(**changes: Any) -> Iterator[Rule]:
+    """Factored or not, with and without each of momentum, decay, clipping and scaling."""
+    for factored, beta1, decay, clipping, scaled in product(
+        (False, True), (0.0, 0.9), (0.0, 0.3), (1.0, None), (True, False)
+    ):
+        yield Rule(
+            factored=factored,
+            beta1=beta1,
+            weight_decay=decay,
+            clipping_threshold=clipping,
+            multiply_by_parameter_scale=scaled,
+            **changes,
+        )
 
 
 def rms(x: torch.Tensor) -> torch.Tensor:

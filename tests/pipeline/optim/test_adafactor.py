@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import pairwise
 
 import pytest
@@ -14,16 +14,10 @@ from pipeline.optim.adafactor import Adafactor
 from pipeline.optim.pieces import Factors, blocks, runs
 from pipeline.optim.recipe import factored_dims
 from pipeline.zero_layout import Fragment
-from tests.pipeline.optim.plain_adafactor import PlainAdafactor, Rule, two_largest
+from tests.pipeline.optim.plain_adafactor import PlainAdafactor, Rule, every_rule, two_largest
 
 SHAPES = [(12, 9), (9, 12), (5,), (3, 12, 9), (12, 3, 9), (1, 20), (10, 10, 10), ()]
-FACTORED = Rule(factored=True, min_dim_size_to_factor=9)
-RULES = [
-    Rule(),
-    FACTORED,
-    replace(FACTORED, beta1=0.9, weight_decay=0.3, decay_rate=0.6),
-    Rule(beta1=0.5, clipping_threshold=None, multiply_by_parameter_scale=False),
-]
+RULES = [*every_rule(min_dim_size_to_factor=9), Rule(decay_rate=0.6, clipping_threshold=2.0)]
 
 
 def draw(shapes: list[tuple[int, ...]], steps: int) -> tuple[list[torch.Tensor], list]:

@@ -12,20 +12,18 @@ import numpy as np
 import pytest
 import torch
 
-from tests.pipeline.optim.plain_adafactor import PlainAdafactor, Rule
+from tests.pipeline.optim.plain_adafactor import PlainAdafactor, Rule, every_rule
 
 # JAX takes ten seconds to start, in a process of its own.
 pytestmark = pytest.mark.distributed
 SHAPES = [(12, 9), (9, 12), (5,), (3, 12, 9), (12, 3, 9), (1, 20), (10, 10, 10)]
 RULES = {
-    "unfactored": Rule(),
-    "factored": Rule(factored=True, min_dim_size_to_factor=9),
-    "factored_momentum_decay": Rule(
-        factored=True, min_dim_size_to_factor=9, beta1=0.5, weight_decay=0.3, decay_rate=0.6
-    ),
-    "momentum_clipping_2": Rule(beta1=0.9, clipping_threshold=2.0),
-    "no_clipping_no_scale": Rule(clipping_threshold=None, multiply_by_parameter_scale=False),
+    # Every choice with every other one.
+    **{str(index): rule for index, rule in enumerate(every_rule(min_dim_size_to_factor=9))},
+    "slower_decay": Rule(factored=True, min_dim_size_to_factor=9, decay_rate=0.6),
+    "clipping_2": Rule(beta1=0.5, clipping_threshold=2.0),
 }
+WITH_ALL = Rule(factored=True, min_dim_size_to_factor=9, beta1=0.9, weight_decay=0.3)
 STEPS, LR = 8, 0.02
 # optax in a process of its own: JAX starts threads, and its 64-bit switch is a global one. It
 # computes the decay of the second moment in fp32 whatever the parameters are in, which alone would
@@ -116,8 +114,16 @@ def test_the_reference_is_optax_in_fp64(name: str, from_optax: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"epsilon2": 2e-3}, {"decay_rate": 0.79}, {"factored": False}, {"beta1": 0.49}]
+    "change",
+    [
+        {"epsilon2": 2e-3},
+        {"decay_rate": 0.79},
+        {"factored": False},
+        {"beta1": 0.89},
+        {"weight_decay": 0.29},
+        {"clipping_threshold": 1.01},
+    ],
 )
 def test_every_part_of_the_rule_shows(change: dict[str, float], from_optax: Path) -> None:
-    name = "factored_momentum_decay"
-    assert furthest(ours(from_optax, replace(RULES[name], **change)), from_optax, name) > 1e-6
+    (name,) = (name for name, rule in RULES.items() if rule == WITH_ALL)
+    assert furthest(ours(from_optax, replace(WITH_ALL, **change)), from_optax, name) > 1e-6
