@@ -197,4 +197,5 @@ def describe(manifest: Manifest) -> str:
     for item in manifest.inputs:
         rejects.update(item.rejects)
     refused = json.dumps(dict(rejects)) if rejects else "none"
-    return f"{', '.join(parts)}; {documents} documents of {rows} rows, rejected: {refused}"
+    tokens = ", ".join(parts) or "no tokens"
+    return f"{tokens}; {documents} documents of {rows} rows, rejected: {refused}"

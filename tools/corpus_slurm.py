@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from datatrove.executor.slurm import SlurmPipelineExecutor
 from loguru import logger
 
@@ -88,7 +89,7 @@ def run_on_slurm(
         time=arguments["time"],
         partition=arguments.get("partition", ""),
         workers=workers,
-        job_name=JOB_NAME,
+        job_name=_job_name(step.output),
         qos=arguments.get("qos", ""),
         env_command=(
             f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH "
@@ -127,16 +128,32 @@ def settle_on_slurm(output: Path, detach: bool) -> None:
         Detached: there are some, and `detach` was asked for.
     """
     check_slurm()
-    try:
-        jobs = [str(job) for job in json.loads(_jobs_path(output).read_bytes())]
-    except (OSError, ValueError, TypeError):
+    jobs = sorted({*_noted_jobs(output), *_named_jobs(output)})
+    if not jobs:
         return
     if active := _active(jobs):
         print(f"tokenize: Slurm job {', '.join(jobs)} is still at work", file=sys.stderr)
         if detach:
             raise Detached(f"{active} tasks of it are left; the same command goes on after it")
         _wait(jobs, lambda: None)
-    _jobs_path(output).unlink()
+    _jobs_path(output).unlink(missing_ok=True)
+
+
+def _noted_jobs(output: Path) -> list[str]:
+    try:
+        return [str(job) for job in json.loads(_jobs_path(output).read_bytes())]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def _named_jobs(output: Path) -> list[str]:
+    """Jobs on this folder; a command that was killed as it submitted could not note them."""
+    found = _squeue(f"--name={_job_name(output)}", "--format=%F")
+    return found.stdout.split() if found.returncode == 0 else []
+
+
+def _job_name(output: Path) -> str:
+    return f"{JOB_NAME}-{xxhash.xxh3_64_hexdigest(os.fsencode(output.resolve()))}"
 
 
 def check_slurm() -> None:
@@ -165,13 +182,13 @@ def _wait(jobs: Sequence[str], watch: Callable[[], None]) -> None:
 
 def _active(jobs: Sequence[str]) -> int:
     """Tasks of jobs that are queued or running; 1 when the controller does not answer just now."""
-    found = subprocess.run(
-        ["squeue", "--noheader", "--array", f"--jobs={','.join(jobs)}", "--format=%i"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    found = _squeue("--array", f"--jobs={','.join(jobs)}", "--format=%i")
     if found.returncode == 0:
         return len(found.stdout.split())
     # Jobs that ended some minutes ago are not known any more.
     return 0 if "Invalid job id" in found.stderr else 1
+
+
+def _squeue(*asked: str) -> subprocess.CompletedProcess[str]:
+    command = ["squeue", "--noheader", *asked]
+    return subprocess.run(command, capture_output=True, text=True, check=False)

@@ -89,6 +89,8 @@ class TaskStep(PipelineStep):
         """
         assert self.listed is not None
         task = Task(*json.loads(_rows(self.listed)[rank]))
+        if self.mark(self.output, task.id).exists():
+            return  # a job that was killed and queued again begins with its first task
         here = Running.here()
         in_worker = here != self.command
         if in_worker:

@@ -219,6 +219,10 @@ def settle(output: Path, options: Options) -> None:
         from tools.corpus_engine import wait_for_orphans
 
         wait_for_orphans(output)
+    else:
+        from tools.corpus_ray import settle_on_ray
+
+        settle_on_ray(output)
 
 
 def evaluations_of(options: Options) -> Evaluations | None:

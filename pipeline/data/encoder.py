@@ -81,6 +81,9 @@ class Encoder:
             first: Any = gigatoken.Tokenizer.from_sentencepiece(self.tokenizer.model)
         except ValueError as error:
             return Engine("sentencepiece", str(error))
+        except Exception as error:
+            # Its parser asserts what sentencepiece reads nevertheless.
+            return Engine("sentencepiece", f"gigatoken: {type(error).__name__} {error}".rstrip())
         self._json = first._hf_json
         self._renew(first)
         for text in probe_texts(pieces):

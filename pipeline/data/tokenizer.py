@@ -72,6 +72,10 @@ class Tokenizer:
                 "isoflop tokenizer train"
             ) from None
         self.vocab_size: int = self._processor.get_piece_size()
+        if not self.vocab_size:
+            raise UserError(
+                f"tokenizer={str(path)!r}: holds no pieces; make one with isoflop tokenizer train"
+            )
         self.eod = self._special(EOD, self._processor.eos_id())
         self.pad = self._special(PAD, self._processor.unk_id())
         bos = self._processor.bos_id()

@@ -4,10 +4,7 @@ import contextlib
 import json
 import os
 import random
-import re
-import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -23,7 +20,6 @@ import pytest
 from pipeline.data import loader
 from pipeline.data.manifest import read_manifest
 from tests.pipeline.data.test_damage import damage
-from tests.soak.slurm_cluster import slurm_cluster
 from tests.tools.corpus_mutations import KINDS, Part, check_outcomes, make_originals
 from tests.tools.tokenising import (
     ROOT,
@@ -61,14 +57,6 @@ def shards(corpus, model, tmp_path_factory):
     made = run_here(corpus, model, tmp_path_factory.mktemp("data") / "shards")
     assert len(read_manifest(made).inputs) == 3
     return content(made)
-
-
-FEW = {"task_bytes": 100_000}  # a process for each task is slow to start
-
-
-@pytest.fixture(scope="module")
-def few_shards(corpus, model, tmp_path_factory):
-    return content(run_here(corpus, model, tmp_path_factory.mktemp("few") / "shards", **FEW))
 
 
 # Imports take longest: done once, in a process whose forks are the commands that are killed.
@@ -199,41 +187,6 @@ def test_a_full_disk_is_one_line_and_room_lets_it_go_on(
         ballast.unlink()
         subprocess.run(["mount", "-o", "remount,size=64M", str(disk)], check=True)
         assert content(run_here(corpus, model, output, workers=workers)) == shards
-
-
-@pytest.mark.privileged
-def test_a_slurm_cluster_makes_the_same_bytes(corpus, model, few_shards, tmp_path):
-    with slurm_cluster(tmp_path / "cluster") as environment:
-        given = arguments(corpus, model, tmp_path / "out", engine="slurm", workers=2, **FEW)
-        given |= {"slurm": "mem-per-cpu=1G,time=00:10:00"}
-        process = start(given, environment=environment)
-        told, complaints = process.communicate(timeout=180)
-        assert process.returncode == 0, complaints
-        assert "submitted Slurm job" in complaints
-        assert content(tmp_path / "out") == few_shards
-
-        # Detached, it returns at once; the same command waits for what was submitted.
-        given |= {"output": str(tmp_path / "detached")}
-        process = start(given | {"detach": "true"}, environment=environment)
-        told, complaints = process.communicate(timeout=60)
-        assert (process.returncode, "the same command goes on" in told) == (0, True), complaints
-        assert not (tmp_path / "detached/manifest.json").exists()
-        process = start(given, environment=environment)
-        told, complaints = process.communicate(timeout=180)
-        assert process.returncode == 0, complaints
-        assert "is still at work" in complaints
-        assert "submitted" not in complaints
-        assert content(tmp_path / "detached") == few_shards
-
-        # A task that fails on a node is told here.
-        broken = tmp_path / "broken"
-        broken.mkdir()
-        (broken / "a.jsonl.gz").write_bytes(b"no gzip")
-        given = arguments(broken, model, tmp_path / "no", engine="slurm")
-        process = start(given, environment=environment)
-        _, complaints = process.communicate(timeout=180)
-        assert process.returncode == 2
-        assert "task 0 of a.jsonl.gz failed: input=" in complaints
 
 
 @pytest.fixture
@@ -394,60 +347,3 @@ def test_the_command_takes_no_longer_for_each_of_more_tasks(tmp_path):
         seconds.append((time.process_time() - started) / count)
         assert step.is_told()
     assert seconds[1] < 2 * seconds[0] + 0.002, seconds
-
-
-@pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra cluster: ray")
-def test_a_ray_cluster_makes_the_same_bytes(corpus, model, few_shards, tmp_path):
-    ray = str(Path(sys.executable).with_name("ray"))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-    }
-    flags = ["--num-cpus=2", "--object-store-memory=100000000", "--memory=4000000000"]
-    flags += ["--include-dashboard=false", "--port=0", "--block"]
-    log = open(tmp_path / "ray.log", "w+")  # noqa: SIM115 (closed below)
-    cluster = subprocess.Popen(
-        [ray, "start", "--head", *flags],
-        env=environment,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        address = ray_address(tmp_path / "ray.log")
-        given = arguments(corpus, model, tmp_path / "out", engine="ray", workers=2, **FEW)
-        given |= {"ray_address": address}
-        process = start(given, environment=environment)
-        _, complaints = process.communicate(timeout=240)
-        assert process.returncode == 0, complaints
-        assert content(tmp_path / "out") == few_shards
-        broken = tmp_path / "broken"
-        broken.mkdir()
-        (broken / "a.jsonl.gz").write_bytes(b"no gzip")
-        given = arguments(broken, model, tmp_path / "no", engine="ray", ray_address=address)
-        process = start(given, environment=environment)
-        _, complaints = process.communicate(timeout=240)
-        assert process.returncode == 2
-        assert "task 0 of a.jsonl.gz failed: input=" in complaints
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(cluster.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            cluster.wait(20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(cluster.pid, signal.SIGKILL)
-        cluster.wait()
-        log.close()
-
-
-def ray_address(log):
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        found = re.search(r"--address='([^']+)'", log.read_text())
-        if found:
-            return found[1]
-        time.sleep(0.3)
-    raise AssertionError(log.read_text())

@@ -167,3 +167,16 @@ def test_long_texts_are_cut_and_endless_ones_refused(encoder, monkeypatch):
 
 def test_one_encoder_serves_a_process(model):
     assert encoder_of(load(model)) is encoder_of(load(model))
+
+
+def test_a_model_that_gigatokens_parser_stumbles_over_goes_through_sentencepiece(
+    model, monkeypatch
+):
+    import gigatoken
+
+    def assert_something(model):
+        raise AssertionError
+
+    monkeypatch.setattr(gigatoken.Tokenizer, "from_sentencepiece", assert_something)
+    made = Encoder(load(model))
+    assert (made.engine.name, made.engine.reason) == ("sentencepiece", "gigatoken: AssertionError")

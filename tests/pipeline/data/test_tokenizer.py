@@ -87,3 +87,6 @@ def test_what_is_no_model_is_refused(tmp_path):
     (tmp_path / "garbage.model").write_bytes(b"no model at all")
     with pytest.raises(UserError, match="not a SentencePiece model"):
         load(tmp_path / "garbage.model")
+    (tmp_path / "empty.model").touch()
+    with pytest.raises(UserError, match="holds no pieces"):
+        load(tmp_path / "empty.model")

@@ -91,3 +91,11 @@ def test_a_look_at_the_progress_sees_only_what_runs_or_has_ended(tmp_path, monke
 def running_path_of(output, task):
     (output / "tasks").mkdir(exist_ok=True)
     return running_path(output, task)
+
+
+def test_a_job_that_begins_anew_leaves_alone_what_it_has_done(tmp_path):
+    step = prepared(tmp_path, 2, told)
+    record_path(tmp_path, 0).write_text("done")
+    for rank in (0, 1):
+        list(step.run(None, rank))
+    assert [path.name for path in tmp_path.glob("*.told")] == ["1.told"]
