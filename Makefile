@@ -21,11 +21,11 @@ demo: $(INSTALLED)
 	@$(BIN)/isoflop demo demo_run --install_seconds $$(cat $(INSTALLED))
 
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not soak"
+	@$(BIN)/python -m pytest -m "not soak"
 
 soak: $(INSTALLED)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,dedup,cluster]'
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m soak --timeout 2400
+	@$(BIN)/python -m pytest -m soak --timeout 2400
 
 check: $(INSTALLED)
 	@$(BIN)/ruff check .

@@ -29,6 +29,15 @@ def pytest_configure() -> None:
             signal.signal(number, handler)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """A whole run takes two cores, unless files, -n or --pdb ask for something else."""
+    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    is_free = config.option.numprocesses is None and not config.option.usepdb
+    if is_whole and is_free and "PYTEST_XDIST_WORKER" not in os.environ:
+        config.option.numprocesses, config.option.dist = 2, "loadfile"
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Full counts run only where soak is asked for by name."""
     if "soak" in config.option.markexpr:
