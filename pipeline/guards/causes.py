@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import time
 from collections.abc import Callable
 
-from pipeline.guards.heartbeat import FAILED, Beat, Heart, is_alive, read_beats
+from pipeline.guards import stalls
+from pipeline.guards.heartbeat import FAILED, Beat, Heart, is_alive, read_beats, state_of
 from pipeline.options import Fault, UserError
 from pipeline.program import no_room
 
@@ -46,15 +48,35 @@ def cause_of(
         return NoRoom(f"{told}, and {GO_ON}", told_by=heart.rank)
     text = str(error).lower()
     if isinstance(error, RuntimeError) and any(words in text for words in _BROKEN):
-        return _lost(heart) or _cut_off(*name_lost(), error) or _unconnected(text)
+        return _lost(heart) or _waited_for(heart, name_lost, error) or _unconnected(text)
     return None
 
 
-def _cut_off(told: str, teller: int, error: Exception) -> UserError | None:
-    """Ranks whose beats still arrive in a folder that all reach, while no collective does."""
-    if not told:
+def _waited_for(
+    heart: Heart, name_lost: Callable[[], tuple[str, int]], error: Exception
+) -> UserError | None:
+    """The ranks that live and did not come, or that the network no longer reaches."""
+    started, first = time.monotonic(), _others(heart)
+    told, teller = name_lost()
+    if first:
+        time.sleep(max(0.0, 2.5 * heart.interval - (time.monotonic() - started)))
+    later = _others(heart)
+    if gone := [beat for beat in later if _is_gone(beat)]:
+        return Fault(lost_sentence(gone), told_by=speaker(gone, heart.world_size))
+    # It waited until the error came; whether GPUs wait does not show on any rank.
+    own = dataclasses.replace(heart.current(), waits="nccl" not in str(error).lower())
+    seen = stalls.compare(first, sorted([*later, own], key=lambda beat: beat.rank))
+    found = stalls.culprits(seen) if later and heart.is_heard else []
+    if any(one.beat.rank == heart.rank for one in found):
+        found = []
+    if told and (not found or any(is_alive(one.beat) is None for one in found)):
+        # Beats may still arrive, in a folder that all reach.
+        return Fault(f"{told} ({str(error).splitlines()[0][-120:]}); {GO_ON}", told_by=teller)
+    if not found:
         return None
-    return Fault(f"{told} ({str(error).splitlines()[0][-120:]}); {GO_ON}", told_by=teller)
+    late = [one.beat for one in found]
+    sentence = stalls.sentence(found, seen, heart.stood(), [state_of(beat) for beat in late])
+    return Fault(f"{sentence}; {GO_ON}", told_by=speaker(late, heart.world_size))
 
 
 def _unconnected(text: str) -> UserError | None:
@@ -72,7 +94,7 @@ def _unconnected(text: str) -> UserError | None:
 def _lost(heart: Heart) -> UserError | None:
     """The ranks that are gone: seen at once on this host, by their silence on another."""
     first = _others(heart)
-    gone = [beat for beat in first if beat.phase == FAILED or is_alive(beat) is False]
+    gone = [beat for beat in first if _is_gone(beat)]
     if not gone and any(is_alive(beat) is None for beat in first):
         time.sleep(2.5 * heart.interval)
         before = {beat.rank: beat.time for beat in first}
@@ -81,6 +103,10 @@ def _lost(heart: Heart) -> UserError | None:
     if not gone:
         return None
     return Fault(lost_sentence(gone), told_by=speaker(gone, heart.world_size))
+
+
+def _is_gone(beat: Beat) -> bool:
+    return beat.phase == FAILED or is_alive(beat) is False
 
 
 def _others(heart: Heart) -> list[Beat]:

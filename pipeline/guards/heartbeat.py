@@ -6,6 +6,7 @@ while its thread goes on shows an old phase, one that is frozen or dead an old t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -138,6 +139,17 @@ def is_alive(beat: Beat) -> bool | None:
         return same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def state_of(beat: Beat) -> str:
+    """What this host knows of the rank's process, in words; "" where it is another host's."""
+    alive = is_alive(beat)
+    if alive is None:
+        return ""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if alive:
+            return f"its process is {psutil.Process(beat.pid).status()}"
+    return "its process is gone"
 
 
 class _Now(NamedTuple):

@@ -11,10 +11,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
-import psutil
-
 from pipeline.guards import stalls
-from pipeline.guards.heartbeat import Beat, Heart, beat_file, is_alive, read_beats
+from pipeline.guards.heartbeat import (
+    Beat,
+    Heart,
+    beat_file,
+    is_alive,
+    read_beats,
+    state_of,
+)
 from pipeline.guards.stacks import dump_own_stack, own_place, stack_of, write_text
 
 GRACE = 5.0  # seconds in which the rank that speaks has spoken
@@ -123,7 +128,8 @@ class Watchdog:
         assert folder is not None
         within(DISK, lambda: dump_own_stack(beat_file(folder, heart.rank, "stack")), None)
         if stalls.speaker(seen, found) == heart.rank:
-            told = stalls.sentence(found, seen, stood, [self._remark(one) for one in found])
+            remarks = [self._remark(one.beat) for one in found]
+            told = stalls.sentence(found, seen, stood, remarks)
             elsewhere = any(is_alive(one.beat) is None for one in found)
             if (elsewhere or not found) and (lost := self._name_lost()[0]):
                 # Their beats may still arrive, by a run folder that all reach.
@@ -152,17 +158,9 @@ class Watchdog:
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(one.beat.pid, signal.SIGKILL)
 
-    def _remark(self, one: stalls.Seen) -> str:
+    def _remark(self, beat: Beat) -> str:
         """What this host knows of a rank that holds up the others."""
-        if one.beat.rank == self._heart.rank:
-            return f"at {own_place()}"
-        alive = is_alive(one.beat)
-        if alive is None:
-            return ""
-        try:
-            return f"its process is {psutil.Process(one.beat.pid).status() if alive else 'gone'}"
-        except psutil.NoSuchProcess:
-            return "its process is gone"
+        return f"at {own_place()}" if beat.rank == self._heart.rank else state_of(beat)
 
     def _keep_stack(self, one: stalls.Seen) -> None:
         """Write the stack of another rank of this host that lives."""

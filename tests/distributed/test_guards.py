@@ -23,19 +23,30 @@ def words(asked: dict[str, Any]) -> list[str]:
     return [f"--{key}={value}" for key, value in asked.items()]
 
 
-def disturbed(argv: list[str], harm: str, rank: int, step: int) -> None:
-    """Train, and do `harm` on one rank when it is to go back in step `step` (from 0)."""
+def disturbed(argv: list[str], harm: str, phase: str, rank: int, step: int) -> None:
+    """Train, and do `harm` on one rank in the first `phase` of step `step` (from 0)."""
     from pipeline import pretrain, trainer
     from pipeline.assemble import run_stage
+    from pipeline.guards import stalls
 
-    original = trainer.Trainer._backward
+    original, done = trainer.Heart.begin, []
 
-    def harmed(self: trainer.Trainer, *args: Any) -> Any:
-        if (self.world.rank, self.step) == (rank, step):
-            HARMS[harm]()
-        return original(self, *args)
+    def begin(self: trainer.Heart, name: str) -> None:
+        original(self, name)
+        now = self.current()
+        if (now.step, name) == (step, phase) and not done:
+            done.append(True)
+            # What may take long may not in these runs, once they have begun.
+            stalls.LONGER, stalls.AT_LEAST = 1, 0.0
+            if self.rank == rank:
+                HARMS[harm]()
 
-    trainer.Trainer._backward = harmed  # type: ignore[method-assign]
+    def begin_step(self: trainer.Heart, number: int, name: str) -> None:
+        first(self, number, name)
+        begin(self, name)
+
+    first = trainer.Heart.begin_step
+    trainer.Heart.begin, trainer.Heart.begin_step = begin, begin_step  # type: ignore[method-assign]
     sys.argv = ["pipeline/pretrain.py", *argv]
     run_stage(pretrain.STAGE)
 
@@ -54,37 +65,63 @@ HARMS = {
 }
 
 
+FROZEN = "gives no sign of life since phase {} of step 3 (its process is stopped)"
+SLEEPS = "stands still in phase {} of step 3 (at tests/distributed/test_guards.py"
+
+
 @pytest.mark.parametrize(
-    ("harm", "told"),
+    ("harm", "phase", "told"),
     [
-        ("freeze", "gives no sign of life since phase forward of step 3 (its process is stopped)"),
-        pytest.param(
-            "sleep",
-            "stands still in phase forward of step 3 (at tests/distributed/test_guards.py",
-            marks=pytest.mark.soak,
-        ),
-        ("die", "is gone; it was last seen in phase"),
+        ("freeze", "save", FROZEN),
+        ("die", "forward", "is gone; it was last seen in phase"),
         # More than any address space has.
-        ("starve", "out of memory in phase forward of step 3: the process held"),
+        ("starve", "forward", "out of memory in phase {} of step 3: the process held"),
+        *[
+            pytest.param(harm, phase, told, marks=pytest.mark.soak)
+            for phase in ("data", "forward", "save", "evaluate")
+            for harm, told in (("freeze", FROZEN), ("sleep", SLEEPS))
+            if (harm, phase) != ("freeze", "save")
+        ],
     ],
 )
 def test_a_rank_that_stalls_or_dies_ends_all_and_is_named(
-    harm: str, told: str, shards_dir: Path, tmp_path: Path
+    harm: str, phase: str, told: str, shards_dir: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     started = time.monotonic()
+    asked = words(flags(run, shards_dir, stall_timeout=3, eval_every=1))
     with pytest.raises(AssertionError):
-        run_ranks(disturbed, 2, words(flags(run, shards_dir, stall_timeout=3)), harm, 1, 2)
+        run_ranks(disturbed, 2, asked, harm, phase, 1, 2)
     beats = read_beats(run / "heartbeat")
     # A rank that lives can speak for itself; the others speak for one that cannot.
     teller = beats[1 if harm in ("sleep", "starve") else 0]
     assert teller.phase == "failed"
     assert f"rank 1 (host {beats[1].host}, pid {beats[1].pid})" in teller.error
-    assert told in teller.error
+    assert told.format(phase) in teller.error
     if harm == "sleep":
         stack = (run / "heartbeat" / "rank-00001.stack").read_text()
         assert "<lambda>" in stack
-        assert "_train_step" in stack
+        assert "_advance" in stack
     # Most of it is the start; collectives alone would have waited for ten minutes.
     assert time.monotonic() - started < 100
     assert not (run / "FINISHED").exists()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        ("sleep", "stands still in phase save of step 3 (its process is sleeping)"),
+        ("freeze", FROZEN),
+    ],
+)
+def test_where_the_collective_gives_up_first_the_late_rank_is_named_all_the_same(
+    harm: str, told: str, shards_dir: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    asked = words(flags(run, shards_dir, stall_timeout=0, collective_timeout=20))
+    with pytest.raises(AssertionError, match="Fault: rank 1"):
+        run_ranks(disturbed, 2, asked, harm, "save", 1, 2)
+    beats = read_beats(run / "heartbeat")
+    assert beats[0].error.startswith(f"rank 1 (host {beats[1].host}, pid {beats[1].pid}) ")
+    assert told.format("save") in beats[0].error
