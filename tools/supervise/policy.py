@@ -38,18 +38,31 @@ def judge(code: int, *, finished: bool, asked: bool) -> Verdict:
 
 @dataclass
 class Restarts:
-    """Counts attempts in a row that brought no new checkpoint.
+    """Counts attempts in a row that brought no new checkpoint: each new one refills the budget.
+
+    Where checkpoints were lost, those damaged and set aside, new is what comes after the one that
+    the run went back to; so often alone as a run may be started again, until it gets further than
+    ever: checkpoints that come and go shall not keep it at work for ever.
 
     Attributes:
         limit: how many times a run is started again without one between.
         backoff: seconds before the first; each further one waits twice as long.
-        reached: the newest whole checkpoint's step; 0 without any.
+        reached: the newest whole checkpoint's step that counts; 0 without any.
+        in_a_row: restarts since it came.
+        farthest: the newest there has been.
+        losses: times that the newest was gone since then.
     """
 
     limit: int
     backoff: float
     reached: int = 0
     in_a_row: int = 0
+    farthest: int = 0
+    losses: int = 0
+
+    def __post_init__(self) -> None:
+        """A supervisor that begins knows of no other."""
+        self.farthest = max(self.farthest, self.reached)
 
     def wait_after_crash(self, reached: int) -> float | None:
         """Seconds to wait before the next attempt; None where there shall be none.
@@ -57,8 +70,14 @@ class Restarts:
         Args:
             reached: the newest whole checkpoint's step now.
         """
+        if reached > self.farthest:
+            self.farthest, self.losses = reached, 0
         if reached > self.reached:
             self.reached, self.in_a_row = reached, 0
+        elif reached < self.reached:
+            self.losses += 1
+            if self.losses <= self.limit:
+                self.reached = reached
         if self.in_a_row >= self.limit:
             return None
         self.in_a_row += 1

@@ -61,3 +61,27 @@ def test_a_code_names_the_signal_that_the_launcher_passed_on() -> None:
     assert describe_code(1) == "exit code 1"
     assert describe_code(255) == "exit code 255"
     assert describe_code(2) == "exit code 2"
+
+
+def test_a_month_of_crashes_is_outlived_where_each_time_a_checkpoint_came_first() -> None:
+    restarts = Restarts(1, 5.0)
+    assert [restarts.wait_after_crash(10 * day) for day in range(1, 31)] == [5.0] * 30
+
+
+def test_after_lost_checkpoints_progress_counts_from_where_the_run_went_back_to() -> None:
+    restarts = Restarts(2, 5.0, reached=900)
+    assert restarts.wait_after_crash(900) == 5
+    # Damaged ones were set aside: that is no progress.
+    assert restarts.wait_after_crash(100) == 10
+    assert [restarts.wait_after_crash(step) for step in (110, 110, 120, 130)] == [5, 10, 5, 5]
+    assert [restarts.wait_after_crash(130) for _ in range(2)] == [10, None]
+
+
+@given(st.integers(0, 4), st.lists(st.integers(0, 6), min_size=1, max_size=6))
+def test_checkpoints_that_come_and_go_do_not_keep_it_at_work_for_ever(
+    limit: int, steps: list[int]
+) -> None:
+    restarts = Restarts(limit, 5.0)
+    # Each step is newly reached or, after a loss, again: at most 7 of them, limit + 1 times.
+    most = (limit + 1) * 7 * (limit + 2) * len(steps)
+    assert any(restarts.wait_after_crash(step) is None for step in steps * most)
