@@ -51,8 +51,9 @@ def start(*, timeout_seconds: int, threads: int) -> World:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
+    if os.environ["WORLD_SIZE"] == "1":
+        # Nobody has to find it: another program may have the port that a launcher gave.
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     choose_interfaces(os.environ)
     local_size = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
     torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // local_size))

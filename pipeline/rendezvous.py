@@ -237,16 +237,32 @@ class Meeting:
 
 
 def _open_store(place: Place, seconds: float, *, serve: bool) -> dist.Store:
-    store = dist.TCPStore(
-        place.address,
-        place.port,
-        place.size,
-        is_master=serve,
-        timeout=timedelta(seconds=seconds),
-        wait_for_workers=False,
-        multi_tenant=True,  # the process group's own store is then the same one
-    )
-    return dist.PrefixStore("isoflop", store)
+    """Rank 0's store. Raises DistError where it cannot be had."""
+    made: list[dist.Store] = []
+    failed: list[dist.DistError] = []
+
+    def make() -> None:
+        try:
+            store = dist.TCPStore(
+                place.address,
+                place.port,
+                place.size,
+                is_master=serve,
+                timeout=timedelta(seconds=seconds),
+                wait_for_workers=False,
+                multi_tenant=True,  # the process group's own store is then the same one
+            )
+            made.append(dist.PrefixStore("isoflop", store))
+        except dist.DistError as error:
+            failed.append(error)
+
+    # For a greeting that another program there never sends torch would wait without end.
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    thread.join(seconds + ANSWER_SECONDS)
+    if not made:
+        raise failed[0] if failed else dist.DistNetworkError("what listens there says nothing")
+    return made[0]
 
 
 def _counts(store: dist.Store, size: int) -> list[int]:

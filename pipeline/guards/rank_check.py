@@ -17,6 +17,7 @@ import torch.distributed as dist
 from pipeline import zero_layout
 from pipeline.callbacks.base import Callback, StepRecord
 from pipeline.checkpointing.retention import Retention
+from pipeline.distributed import sum_over_ranks
 from pipeline.options import Fault
 
 if TYPE_CHECKING:
@@ -27,17 +28,18 @@ _MIX = -7046029254386353131  # 2**64 over the golden ratio, odd, as int64
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def tensor_hash(tensor: torch.Tensor) -> int:
+def tensor_hash(tensor: torch.Tensor, first: int = 0) -> int:
     """64 bits of a tensor's bytes, by sums modulo 2**64 on its own device.
 
     Each word is multiplied by an odd number of its own place: one changed word always changes it.
+    The hashes of a tensor's parts, whose places begin at `first`, sum up to that of the whole.
     """
     words = tensor.detach().reshape(-1).contiguous()
     words = words.view(_WORDS[words.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, words.numel(), _CHUNK):
         part = words[start : start + _CHUNK].long()
-        places = torch.arange(start, start + part.numel(), device=tensor.device)
+        places = torch.arange(start, start + part.numel(), device=tensor.device) + first
         total += (part * (places * _MIX * 2 + 1)).sum()
     return int(total)
 
@@ -61,14 +63,44 @@ def local_hashes(engine: Any) -> dict[str, int]:
     return hashes
 
 
-def disagreements(hashes: dict[str, int], world_size: int, device: torch.device) -> dict[str, Any]:
-    """Name to the ranks in the minority, of what is not the same on all; a collective."""
+def disagreements(
+    hashes: dict[str, int], world_size: int, device: torch.device
+) -> dict[str, list[int]]:
+    """Name to every rank's hash, of what is not the same on all; a collective."""
     mine = torch.tensor(list(hashes.values()), dtype=torch.int64, device=device)
     everyones = [torch.empty_like(mine) for _ in range(world_size)]
     dist.all_gather(everyones, mine)
     columns = torch.stack(everyones).T.tolist()
-    found = {name: minority(column) for name, column in zip(hashes, columns, strict=True)}
-    return {name: ranks for name, ranks in found.items() if ranks}
+    found = zip(hashes, columns, strict=True)
+    return {name: column for name, column in found if len(set(column)) > 1}
+
+
+def owned_hash(engine: Any, name: str) -> int | None:
+    """A parameter's hash by what the owners of its parts hold, each its fp32 masters; a collective.
+
+    None at stage 0, where no part is one rank's, and of what is no parameter.
+    """
+    fragment = next((each for each in zero_layout.fragments(engine) if each.name == name), None)
+    if fragment is None or fragment.replicated:
+        return None
+    working = next(engine.module.parameters())
+    part = fragment.of(fragment.flat.detach()).to(working.dtype)
+    hashed = torch.tensor(tensor_hash(part, fragment.start), device=working.device)
+    return int(sum_over_ranks(hashed))
+
+
+def outvoted(engine: Any, name: str, hashes: Sequence[int]) -> str:
+    """Who holds other values of `name`, in words: without a majority the owners say. A collective.
+
+    hashes: every rank's.
+    """
+    wrong, rest = minority(hashes), "the rest"
+    if len(wrong) == len(hashes):
+        owned, rest = owned_hash(engine, name), "those that own the parts"
+        wrong = [rank for rank, each in enumerate(hashes) if each != owned]
+    if len(wrong) == len(hashes):
+        return f"ranks 0 to {len(hashes) - 1} hold different values, and no majority the same,"
+    return f"rank(s) {', '.join(map(str, wrong))} hold other values than {rest}"
 
 
 class RankCheck(Callback):
@@ -116,10 +148,8 @@ class RankCheck(Callback):
         found = disagreements(local_hashes(trainer.engine), size, trainer.world.device)
         if not found:
             return
-        name, ranks = next(iter(found.items()))
-        who = f"rank(s) {', '.join(map(str, ranks))} hold other values than the rest"
-        if len(ranks) == size:
-            who = f"ranks 0 to {size - 1} hold different values, and no majority the same"
+        name, hashes = next(iter(found.items()))
+        who = outvoted(trainer.engine, name, hashes)
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         raise Fault(
             f"check_ranks_every={every}: after step {trainer.step} {who} of {name}{more}; see to "

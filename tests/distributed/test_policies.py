@@ -95,7 +95,7 @@ def nan_at(trainer: Any, batches: tuple[int, ...]) -> None:
     trainer._backward = poisoned
 
 
-def other_on_rank_1(trainer: Any, step: int) -> None:
+def other_on_rank_1(trainer: Any, step: int, place: int = 3) -> None:
     """One bit of one parameter differs on rank 1 after a step."""
     original = trainer._train_step
 
@@ -104,7 +104,7 @@ def other_on_rank_1(trainer: Any, step: int) -> None:
         if self.step == step and self.world.rank == 1:
             name, parameter = next(iter(self.engine.module.named_parameters()))
             assert name == "embedding.weight"
-            parameter.data.view(-1)[3:4].view(torch.uint8)[0] ^= 1
+            parameter.data.view(-1)[place].view(1).view(torch.uint8)[0] ^= 1
         return record
 
     trainer._train_step = flipped
@@ -246,6 +246,33 @@ def test_ranks_that_hold_different_parameters_end_the_run(shards_dir: Path, tmp_
     with pytest.raises(AssertionError, match=told):
         run_ranks(with_trainer, 3, words(asked), other_on_rank_1, 4)
     run_entry("pretrain", 2, {**flags(tmp_path / "cut", shards_dir), "check_ranks_every": 2})
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "place"),
+    [
+        (3, "fp32", 3),  # in what rank 0 owns
+        *[
+            pytest.param(*case, marks=pytest.mark.soak)
+            for case in [(3, "fp32", -1), (3, "bf16", -1), (2, "fp32", 3), (1, "bf16", -1)]
+        ],
+    ],
+)
+def test_of_two_that_disagree_the_one_is_named_that_the_owners_of_the_parts_contradict(
+    stage: int, precision: str, place: int, shards_dir: Path, tmp_path: Path
+) -> None:
+    """Among two ranks there is no majority."""
+    settings = tmp_path / "ds.json"
+    settings.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    asked = flags(tmp_path / "run", shards_dir, precision=precision, ds_config=settings)
+    told = (
+        "check_ranks_every=2: after step 4 rank\\(s\\) 1 hold other values than those that own the "
+        "parts of embedding.weight"
+    )
+    with pytest.raises(AssertionError, match=told):
+        run_ranks(
+            with_trainer, 2, [*words(asked), "--check_ranks_every=2"], other_on_rank_1, 4, place
+        )
 
 
 BLOCK = CorruptShardError("shard x.tar: block 3 is not what was written")

@@ -14,6 +14,7 @@ import pytest
 
 from tests.distributed.entry import flags
 from tests.distributed.harness import run_ranks
+from tools.cli import dispatch
 
 pytestmark = pytest.mark.distributed
 Changes = dict[int, dict[str, Any]]
@@ -39,6 +40,8 @@ def _start(asked: dict[str, Any], changes: Changes) -> tuple[str, str]:
     if "own_disk" in mine:
         real_exists = Path.exists
         Path.exists = lambda p: ".seen" not in p.name and real_exists(p)  # type: ignore[method-assign,assignment]
+    if "own_data" in mine:
+        os.chdir(mine["own_data"])
     if mine.get("late"):
         time.sleep(mine["late"])
     own = {**asked, **mine.get("flags", {})}
@@ -98,6 +101,25 @@ def test_what_differs_is_told_to_every_rank(
     for kind, told in start(run, shards_dir, changes):
         assert kind == "AgreedError 2"
         assert part in told
+    assert not (run / "metrics.jsonl").exists()
+
+
+def test_a_node_with_other_data_under_the_same_name_is_named(
+    corpus_dir: Path, shards_dir: Path, tmp_path: Path
+) -> None:
+    """Their documents are divided otherwise; the tokenizer is the same."""
+    told = f"tokenize --input {corpus_dir} --output {tmp_path}/{shards_dir.name} --tokenizer "
+    told += f"{shards_dir.parent}/t.model --block_tokens 1024 --validation_fraction 0.2"
+    dispatch(told.split())
+    nodes = {rank: {"own_data": shards_dir.parent} for rank in (0, 1)}
+    changes = {**nodes, 2: {"own_data": tmp_path}}
+    settings = Path("ds_configs/cpu.json").resolve()
+    run = tmp_path / "run"
+    for kind, line in start(run, Path(shards_dir.name), changes, ds_config=settings):
+        assert kind == "AgreedError 2"
+        assert line.startswith("data: n2 (rank 2) has ")
+        assert line.endswith("; bring the same folder to every node")
+        assert ", n0 (rank 0), n1 (rank 1) have " in line
     assert not (run / "metrics.jsonl").exists()
 
 

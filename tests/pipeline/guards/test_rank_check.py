@@ -40,6 +40,8 @@ def test_values_that_change_places_change_the_hash_and_chunks_do_not(
     monkeypatch.setattr(rank_check, "_CHUNK", 64)
     assert tensor_hash(tensor) == before
     assert tensor_hash(torch.zeros(0)) == 0
+    parts = tensor_hash(tensor[:301]) + tensor_hash(tensor[301:], 301)
+    assert (parts - before) % 2**64 == 0
 
 
 @given(st.lists(st.integers(0, 2), min_size=2, max_size=9))
