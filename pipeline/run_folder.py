@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline import json_lines
-from pipeline.atomic import write_atomically
+from pipeline.atomic import make_folder, write_atomically
 from pipeline.checkpointing.retention import Retention
 from pipeline.options import Fault, UserError
 
@@ -253,7 +253,7 @@ class RunFolder:
         may leave, and a file system that lost a node keeps that node's locks for a while.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             handle = (self.path / ".lock").open("a+", encoding="utf-8")
         except OSError as error:
             raise UserError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import checkpoint
-from pipeline.atomic import write_atomically
+from pipeline.atomic import make_folder, write_atomically
 from pipeline.callbacks.base import Callback, StepRecord
 from pipeline.checkpointing import folder
 from pipeline.checkpointing.retention import Retention, best_step
@@ -171,7 +171,7 @@ class Saving(Callback):
             self._is_untidy = True
 
     def _begin_folder(self, checkpoints: Path) -> None:
-        checkpoints.mkdir(parents=True, exist_ok=True)
+        make_folder(checkpoints)
         self._name_best(checkpoints)
 
     def _tidy(self, checkpoints: Path) -> None:

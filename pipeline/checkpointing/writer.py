@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.atomic import sync_folder, write_atomically
+from pipeline.atomic import make_folder, sync_folder, write_atomically
 from pipeline.checkpointing import folder
 from pipeline.checkpointing.tensor_file import (
     TensorSpec,
@@ -166,7 +166,7 @@ class Writer:
             try:
                 # What a killed save left behind, of this step or another.
                 folder.clear_partial(self._checkpoints)
-                self._checkpoints.mkdir(parents=True, exist_ok=True)
+                make_folder(self._checkpoints)
                 free = shutil.disk_usage(self._checkpoints).free
                 if free < total:
                     error = f"it needs {_size(total)} and {_size(free)} are free"

@@ -12,6 +12,7 @@ from pipeline.checkpointing import folder
 from pipeline.checkpointing.names import list_steps
 from tests.distributed.entry import argv, flags, losses, records, train
 from tests.distributed.harness import run_ranks
+from tests.power_cut import PowerCut
 
 pytestmark = pytest.mark.distributed
 
@@ -153,3 +154,41 @@ def test_a_save_that_timed_out_does_not_spoil_the_next_and_what_is_written_is_re
         assert third == "rank 1: the disk gives back other bytes than were written"
     assert folder.fault(tmp_path / "step_2") is None
     assert folder.list_steps(tmp_path) == [2]
+
+
+def save_with_the_power_watched(run: Path) -> None:
+    """Two saves on this rank; whenever one is complete a power cut would leave all of it."""
+    import json
+
+    import torch
+
+    from pipeline import distributed
+    from pipeline.checkpointing.names import COMPLETE
+    from pipeline.checkpointing.writer import Piece, Writer
+    from pipeline.run_folder import RunFolder
+
+    world = distributed.start(timeout_seconds=60, threads=1)
+    completed = []
+
+    def check(source: Path, target: Path) -> None:
+        if target.name == COMPLETE:
+            completed.append(target.parent.name)
+            for name in json.loads(source.read_text())["sha256"]:
+                assert disk.has_bytes(target.parent / name), (target, name)
+
+    disk = PowerCut(run.parents[1], pytest.MonkeyPatch(), check)
+    folder = RunFolder(run)
+    folder.lock()
+    writer = Writer(folder.checkpoints, world)
+    for step in (1, 2):
+        writer.start([Piece("master/a", (8,), 0, torch.ones(8))], {"step": step}, background=True)
+        outcome = writer.wait()
+        assert outcome is not None
+        assert outcome.error == ""
+        # Now the one before may go.
+        assert disk.leaves(folder.checkpoints / f"step_{step}"), step
+    assert completed == [".step_1.partial", ".step_2.partial"]
+
+
+def test_a_checkpoint_outlives_a_power_cut_before_an_older_one_goes(tmp_path: Path) -> None:
+    run_ranks(save_with_the_power_watched, 1, tmp_path / "runs" / "a")
