@@ -154,7 +154,14 @@ def stop() -> None:
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """`values` summed over the ranks, in place; int64 wraps modulo 2**64."""
+    """`values` summed over the ranks, in place; int64 wraps modulo 2**64.
+
+    What lies in host memory (offloaded, or a flag) goes by way of the GPU where NCCL sums.
+    """
+    if values.device.type == "cpu" and dist.get_backend() == "nccl":
+        on_device = values.cuda()
+        dist.all_reduce(on_device, op=dist.ReduceOp.SUM)
+        return values.copy_(on_device)
     dist.all_reduce(values, op=dist.ReduceOp.SUM)
     return values
 
@@ -168,10 +175,7 @@ def same_everywhere(value: object) -> Any:
 
 def all_agree(ok: bool) -> bool:
     """Whether `ok` holds on every rank."""
-    flag = torch.tensor([0 if ok else 1], dtype=torch.int64)
-    if torch.cuda.is_available():
-        flag = flag.cuda()
-    return int(sum_over_ranks(flag)) == 0
+    return int(sum_over_ranks(torch.tensor([0 if ok else 1], dtype=torch.int64))) == 0
 
 
 def barrier() -> None:

@@ -29,6 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pipeline.distributed import sum_over_ranks
+
 # The version whose private attributes these are.
 DEEPSPEED = "0.19.8"
 # Keys of optimizer state that `replicated_state` gives: Adafactor's row and column statistics.
@@ -119,8 +121,7 @@ def check_cover(found: list[Fragment]) -> None:
     whole = [[f.numel, _sum_of_range(0, f.numel)] for f in found]
     summed = torch.tensor(held, dtype=torch.int64)
     if found and not found[0].replicated:
-        summed = summed.to(found[0].flat.device if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(summed)
+        sum_over_ranks(summed)
     for fragment, got, expected in zip(found, summed.tolist(), whole, strict=True):
         if got != expected:
             raise _other_layout(f"the ranks hold {got[0]} of {fragment.numel} of {fragment.name}")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
+from pipeline.distributed import sum_over_ranks
 from pipeline.optim.pieces import (
     CPU_PIECE,
     DEVICE_PIECE,
@@ -70,15 +71,8 @@ class Shard:
 
     def sum_over_ranks(self, values: torch.Tensor) -> None:
         """Sum `values` over the ranks that share the parameters, in place."""
-        if self._alone:
-            return
-        if values.device.type == "cpu" and dist.get_backend() == "nccl":
-            # Offloaded: the tensors are the host's, the collectives the devices'.
-            on_device = values.cuda()
-            dist.all_reduce(on_device)
-            values.copy_(on_device)
-        else:
-            dist.all_reduce(values)
+        if not self._alone:
+            sum_over_ranks(values)
 
     def rms(
         self, parameter: torch.Tensor, divide: Callable[[Piece], torch.Tensor]
