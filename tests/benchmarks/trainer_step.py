@@ -93,11 +93,11 @@ def bare_rank(flags: dict[str, Any]) -> tuple[float, list[float]]:
     from models.batch import Batch
     from models.registry import build
     from pipeline import distributed
-    from pipeline.assemble import resolve_model
     from pipeline.config import RunConfig
     from pipeline.deepspeed_file import read_deepspeed_file
     from pipeline.optim.build import build_optimizer
     from pipeline.options import load
+    from pipeline.plan import resolve_model
     from pipeline.pretrain import open_data
 
     config = load(RunConfig, {name: str(value) for name, value in flags.items()})

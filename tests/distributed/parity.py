@@ -125,8 +125,9 @@ def _train_cases(cases: Sequence[Case], shards: Path, steps: int) -> list[Curve]
 
 
 def _train(case: Case, config: RunConfig, world: Any) -> Curve:
-    from pipeline.assemble import make_engine, resolve_model
+    from pipeline.assemble import make_engine
     from pipeline.callbacks.base import Callback, StepRecord
+    from pipeline.plan import resolve_model
     from pipeline.pretrain import open_data
     from pipeline.run_folder import RunFolder
     from pipeline.sources import PretrainingSource
