@@ -46,8 +46,9 @@ class Architecture:
     """Names and shapes of its parameters in the model's order, those of the embeddings excepted;
     None: `isoflop plan` cannot plan it."""
     kept: Callable[[ModelConfig, int, Pass], Iterable[Round]] | None = None
-    """(config, rows, training pass of each) → what each backward call of a micro-batch keeps; where
-    they differ, only the largest need be given. None: `isoflop plan` cannot plan it."""
+    """(config, rows, pass of each) → what each backward call of a micro-batch keeps, or of a pass
+    that is not for training what is computed at once; where they differ, only the largest need be
+    given. None: `isoflop plan` cannot plan it."""
     logit_positions: Callable[[ModelConfig, Pass], int] = _scored
     """Positions that one pass computes logits for; all that are scored, or a sample."""
     style: Mapping[str, Any] = field(default_factory=dict)

@@ -116,13 +116,14 @@ def kept(config: ModelConfig, rows: int, step: Pass) -> Iterator[Round]:
     if config.embedding_loss != "none":
         # Embeddings normed, their sums and means, the encoder's normed, and the difference.
         after_head = Amount(5 * positions * d)
+    turns = rotary(config, step.tokens) + rotary(config, step.tokens, config.cross_head_dim)
     yield Round(
         segments=tuple(segments),
         states=positions,
         scored=rows * step.scored,
-        beside=rotary(config, step.tokens)
-        + rotary(config, step.tokens, config.cross_head_dim)
-        + Amount(positions * d * config.positional_subtraction_norm),
+        beside=turns + Amount(positions * d * config.positional_subtraction_norm),
+        # Embeddings and the encoder's output are there until the end.
+        carried=turns + Amount(2 * positions * d),
         after_head=after_head,
     )
 

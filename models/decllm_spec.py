@@ -45,13 +45,14 @@ def shapes(config: ModelConfig) -> Shapes:
 
 def kept(config: ModelConfig, rows: int, step: Pass) -> Iterator[Round]:
     """Every block of the one stack, at once."""
-    positions = rows * step.tokens
+    positions, turns = rows * step.tokens, rotary(config, step.tokens)
     blocks = [block(config, f"blocks.{i}", positions) for i in range(config.num_layers)]
     yield Round(
         segments=(*blocks, final_norm(config, positions)),
         states=positions,
         scored=rows * step.scored,
-        beside=rotary(config, step.tokens) + subtracted(config, positions),
+        beside=turns + subtracted(config, positions),
+        carried=turns,
     )
 
 

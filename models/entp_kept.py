@@ -1,4 +1,5 @@
-"""What ENTP's chunks keep for their backward passes, from shapes alone (see models/kept.py).
+"""What ENTP's chunks keep for their backward passes, or hold without, from shapes alone (see
+models/kept.py).
 
 Shape letters: B rows of a chunk, S tokens of its longest prefix, P prefixes.
 """
@@ -14,6 +15,8 @@ from models.kept import (
     Amount,
     Round,
     Segment,
+    activating,
+    attending,
     attention,
     block,
     feed_forward,
@@ -49,13 +52,16 @@ class _Sizes:
 
 def kept(config: ModelConfig, rows: int, step: Pass, *, absorbs: bool) -> Iterator[Round]:
     """The chunks with the most pairs and with the longest prefix."""
-    tokens, sampled = step.tokens, config.entp_sampled_prefixes
+    tokens = step.tokens
+    sampled = config.entp_sampled_prefixes if step.training else 0
     is_sample = 0 < sampled < tokens
-    chunks, calls = _chunks(config, rows, tokens)
+    chunks, calls = _chunks(config, rows, tokens, sampled)
 
     def sizes(chunk: Chunk) -> _Sizes:
-        count = chunk.stop - chunk.start
-        packed, longest = (chunk.start + 1 + chunk.stop) * count // 2, chunk.stop
+        # Of the prefixes before the first that is scored none is run.
+        start = max(chunk.start, 0 if is_sample else tokens - step.scored)
+        count = max(1, chunk.stop - start)
+        packed, longest = (start + 1 + chunk.stop) * count // 2, chunk.stop
         if is_sample:
             # Drawn evenly, number n ends at most at (n + 1)·tokens / sampled.
             ends = [-(-(n + 1) * tokens // sampled) for n in range(chunk.start, chunk.stop)]
@@ -67,13 +73,13 @@ def kept(config: ModelConfig, rows: int, step: Pass, *, absorbs: bool) -> Iterat
     longest = max(described, key=lambda s: (s.rows * s.longest, s.pairs))
     parts = len({(chunk.start, chunk.stop) for chunk in chunks})
     for chunk in {fullest, longest}:
-        yield replace(_round(config, chunk, tokens, parts, absorbs=absorbs), calls=calls)
+        yield replace(_round(config, chunk, step, parts, absorbs=absorbs), calls=calls)
 
 
-def _chunks(config: ModelConfig, rows: int, tokens: int) -> tuple[list[Chunk], int]:
+def _chunks(config: ModelConfig, rows: int, tokens: int, sampled: int) -> tuple[list[Chunk], int]:
     """The chunks of a micro-batch, or where no two rows share one those of a row; and how many the
     micro-batch has."""
-    limits = tokens, config.entp_chunk_pairs, config.entp_sampled_prefixes
+    limits = tokens, config.entp_chunk_pairs, sampled
     if rows > 1 and plan_chunks(2, *limits)[0].last_row == 1:
         of_row = plan_chunks(1, *limits)
         return of_row, rows * len(of_row)
@@ -81,20 +87,26 @@ def _chunks(config: ModelConfig, rows: int, tokens: int) -> tuple[list[Chunk], i
     return found, len(found)
 
 
-def _round(config: ModelConfig, chunk: _Sizes, tokens: int, parts: int, *, absorbs: bool) -> Round:
+def _round(config: ModelConfig, chunk: _Sizes, step: Pass, parts: int, *, absorbs: bool) -> Round:
     """One chunk, whose rows have `parts` of them."""
-    causal, depth = config.entp_causal_layers, config.num_layers
+    causal, depth, tokens = config.entp_causal_layers, config.num_layers, step.tokens
     shared = chunk.rows * tokens
     lower = [block(config, f"blocks.{i}", shared) for i in range(causal)]
     middle = [_middle(config, f"blocks.{i}", chunk.pairs) for i in range(causal + 1, depth - 1)]
     ends = chunk.rows * chunk.prefixes
-    beside = _projected(config, shared) + rotary(config, tokens) + rotary(config, chunk.packed)
+    turns = rotary(config, tokens) + rotary(config, chunk.packed)
+    beside = _projected(config, shared) + turns
+    carried = turns
     if chunk.is_run:
         squares = shared * tokens * config.num_heads
+        late = shared * step.scored * config.num_heads
         beside += _scanned(config, shared, squares, parts)
-        # The last chunk's backward pass goes on through the scores of all.
-        scores = plain(f"blocks.{causal}.attention", Amount(), Amount(wide=5 * squares))
-        lower.append(scores)
+        carried += _shared(config, shared, late, parts)
+        # The last chunk's backward pass goes on through the scores of all. A pass without one makes
+        # them, and their logarithmic sums, weights at entry and shares, twice for a moment.
+        name = f"blocks.{causal}.attention"
+        made = Amount(wide=2 * squares + 2 * late)
+        lower.append(plain(name, Amount(), Amount(wide=5 * squares), made))
     elif parts > 1:
         width, kv_width = config.num_heads * config.head_dim, config.kv_width()
         beside += Amount(wide=shared * (config.d_model + width + 2 * kv_width))
@@ -109,6 +121,7 @@ def _round(config: ModelConfig, chunk: _Sizes, tokens: int, parts: int, *, absor
         states=ends,
         scored=ends,
         beside=beside,
+        carried=carried,
     )
 
 
@@ -131,6 +144,15 @@ def _scanned(config: ModelConfig, positions: int, squares: int, parts: int) -> A
     return copies + made + gradients + Amount(wide=math.isqrt(parts) * positions * width)
 
 
+def _shared(config: ModelConfig, positions: int, late: int, parts: int) -> Amount:
+    """What there is of it where nothing is kept, `late` shares of pairs of tokens among it; and the
+    layer's input, queries, keys and values."""
+    width, d = config.num_heads * config.head_dim, config.d_model
+    read = (1 + math.isqrt(parts)) * positions * width
+    projected = Amount(positions * (d + width + 2 * config.kv_width()))
+    return projected + Amount(wide=positions * (d + width) + late + read)
+
+
 def _first(config: ModelConfig, module: str, chunk: _Sizes) -> Segment:
     """What was read at every pair, then the rest."""
     width, kv_width = config.num_heads * config.head_dim, config.kv_width()
@@ -139,11 +161,14 @@ def _first(config: ModelConfig, module: str, chunk: _Sizes) -> Segment:
         read += Amount(chunk.pairs * (width + 2 * kv_width), chunk.pairs * config.num_heads)
         read += Amount(unfused=chunk.pairs * width)
     kept = read + _combined(config, chunk.pairs) + residual(config, chunk.pairs)
+    # The feed-forward's callers have the layer's input and what was read.
+    there = Amount(chunk.pairs * (3 * config.d_model + width))
     return Segment(
         module,
         kept=kept + feed_forward(config, chunk.pairs),
         entry=Amount(),
         working=feed_forward_gradients(config, chunk.pairs),
+        passing=there + activating(config, chunk.pairs),
     )
 
 
@@ -157,8 +182,13 @@ def _combined(config: ModelConfig, positions: int) -> Amount:
 def _middle(config: ModelConfig, module: str, pairs: int) -> Segment:
     """Every prefix's own attention; elsewhere than on a CPU a result for each, and all in one."""
     whole = block(config, module, pairs)
-    twice = Amount(unfused=pairs * config.num_heads * config.head_dim)
-    return Segment(module, whole.kept + twice, whole.entry, whole.working)
+    width = config.num_heads * config.head_dim
+    twice = Amount(unfused=pairs * width)
+    # Of the attention its input, queries, keys and result are there until the end.
+    there = Amount(pairs * (4 * config.d_model + 2 * width + config.kv_width()))
+    attended = Amount(2 * pairs * config.d_model) + attending(config, pairs, pairs) + twice
+    passing = attended.most(there + activating(config, pairs))
+    return Segment(module, whole.kept + twice, whole.entry, whole.working, passing)
 
 
 def _last(config: ModelConfig, module: str, chunk: _Sizes, *, absorbs: bool) -> Segment:
@@ -174,9 +204,13 @@ def _last(config: ModelConfig, module: str, chunk: _Sizes, *, absorbs: bool) -> 
         kept += attention(config, ends, pairs)
         working = Amount(pairs * (2 * config.kv_width() + 2 * d))
     kept += residual(config, ends)
+    # Scores and their softmax; in and out of it vectors of the model's width, or keys and values.
+    passing = Amount(2 * pairs * d + 2 * ends * config.num_heads * chunk.longest)
+    passing += Amount(2 * ends * config.num_heads * d if absorbs else 3 * pairs * config.kv_width())
     return Segment(
         module,
         kept=kept + feed_forward(config, ends),
         entry=Amount(pairs * d),
         working=working,
+        passing=passing,
     )

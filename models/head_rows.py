@@ -30,3 +30,14 @@ def head_bytes(
         product = rows * vocab_size * (4 + width) + vocab_size * d_model * width
         logits = max(logits, product)
     return 2 * states * d_model * width + vocab_size * d_model * 4 + logits
+
+
+def nll_bytes(
+    vocab_size: int, d_model: int, *, states: int, scored: int, width: int, on_cpu: bool
+) -> int:
+    """Bytes that `linear_token_nll` holds at its fullest moment, the hidden states included: as
+    `head_bytes`, without a gradient; and the place and the result of each row."""
+    rows = min(scored, rows_at_once(vocab_size, on_cpu=on_cpu))
+    of_logit = 4 + (width if width < 4 else 0)
+    logits = rows * vocab_size * of_logit + rows * d_model * width
+    return states * (d_model * width + 4) + scored * 8 + logits

@@ -1,8 +1,9 @@
-"""What a forward pass keeps for its backward pass, from shapes alone.
+"""What a forward pass keeps for its backward pass, or holds without one, from shapes alone.
 
 The tables are those of the modules in models/block.py, attention.py and layers.py, tensor by
-tensor: what autograd or a function of ours saves, each storage once. They hold for attention
-kernels that keep no scores (a CPU's and a GPU's flash attention). Imports no torch.
+tensor: what autograd or a function of ours saves, each storage once; and where nothing is saved,
+what the names of a call and of its callers still hold at its fullest moment. They hold for
+attention kernels that keep no scores (a CPU's and a GPU's flash attention). Imports no torch.
 """
 
 from __future__ import annotations
@@ -31,6 +32,14 @@ class Amount:
             self.numbers + other.numbers, self.wide + other.wide, self.unfused + other.unfused
         )
 
+    def most(self, other: Amount) -> Amount:
+        """Of each kind of tensors the larger amount."""
+        return Amount(
+            max(self.numbers, other.numbers),
+            max(self.wide, other.wide),
+            max(self.unfused, other.unfused),
+        )
+
     def bytes(self, width: int, *, on_cpu: bool) -> int:
         """Bytes where the model computes in numbers of `width` bytes."""
         fused = on_cpu and width == 4
@@ -49,11 +58,14 @@ class Segment:
     """Its input, which is all that stays where it is computed again."""
     working: Amount
     """What its backward pass holds beside `kept` at its fullest moment."""
+    passing: Amount
+    """What its forward pass holds at its fullest moment where nothing is kept, input included."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one `backward` call of the trainer goes through, in forward order."""
+    """What one `backward` call of the trainer goes through, in forward order; or, of a pass that is
+    not for training, what an evaluation computes at once."""
 
     segments: tuple[Segment, ...]
     states: int
@@ -62,6 +74,8 @@ class Round:
     """Of these, with a loss."""
     beside: Amount = Amount()
     """Held from the first segment to the last."""
+    carried: Amount = Amount()
+    """The same where nothing is kept."""
     calls: int = 1
     """Backward calls of a micro-batch, of which this is the largest."""
     after_head: Amount = Amount()
@@ -147,12 +161,61 @@ def block(
         entry=entry,
         working=feed_forward_gradients(config, positions)
         + Amount(source * config.d_model),  # the source's gradient, added up over blocks
+        passing=_passing(config, positions, source, norm_source=norm_source),
     )
 
 
-def plain(module: str, kept: Amount, working: Amount = Amount()) -> Segment:
-    """A segment that is never computed again."""
-    return Segment(module, kept=kept, entry=kept, working=working)
+def _passing(
+    config: ModelConfig, positions: int, source: int, *, norm_source: bool = False
+) -> Amount:
+    """Of a block that keeps nothing: its fullest moment is in an attention or the feed-forward.
+
+    While the feed-forward runs there are the block's input, the stream's state, what its norm makes
+    of it, and of an attention before it what its caller still has a name for.
+    """
+    d = positions * config.d_model
+    if source and config.merged_attention:
+        inside = attending(config, positions, source + positions, more=config.kv_width())
+        return (Amount(2 * d) + inside).most(Amount(5 * d) + activating(config, positions))
+    before = 4 if source and config.cross_attention_first else 2
+    found = Amount(before * d) + attending(config, positions, positions)
+    if not source:
+        return found.most(Amount(3 * d) + activating(config, positions))
+    crossed = Amount(3 * d) + attending(config, positions, source, cross=True)
+    if norm_source:
+        crossed += Amount(source * config.d_model)
+    return found.most(crossed).most(Amount(4 * d) + activating(config, positions))
+
+
+def attending(
+    config: ModelConfig, queries: int, keys: int, *, cross: bool = False, more: int = 0
+) -> Amount:
+    """Of one attention that keeps nothing, its normed input excepted: Q, K and V, what was read
+    (twice where that is normed), and the result; or K, V and, with `more` of them for each key, the
+    parts that the last of them is joined of."""
+    width, kv_width = config.num_heads * config.head_dim, config.kv_width(cross=cross)
+    heads = config.cross_heads if cross else config.num_heads
+    projected = Amount(queries * width + 2 * keys * kv_width)
+    normed = config.attention_output_norm in ("head", "model")
+    result = queries * (config.d_model * (1 + (config.attention_output_norm == "output")))
+    read = Amount(queries * width + max(queries * width * normed, result), queries * heads)
+    return projected + read.most(Amount(keys * more))
+
+
+def activating(config: ModelConfig, positions: int) -> Amount:
+    """Of one feed-forward that keeps nothing, its input excepted: up, its activation or gate and
+    product, and the result."""
+    inner = 3 if config.feed_forward == "swiglu" else 2
+    return Amount(positions * (inner * config.d_ffn + config.d_model))
+
+
+def plain(
+    module: str, kept: Amount, working: Amount = Amount(), passing: Amount | None = None
+) -> Segment:
+    """A segment that is never computed again, and of which a pass without gradients holds as much
+    as the backward pass unless `passing` says otherwise: an input and a result."""
+    passing = kept + working if passing is None else passing
+    return Segment(module, kept=kept, entry=kept, working=working, passing=passing)
 
 
 def final_norm(config: ModelConfig, positions: int) -> Segment:

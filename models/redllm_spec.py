@@ -105,6 +105,8 @@ def kept(config: ModelConfig, rows: int, step: Pass) -> Iterator[Round]:
     output = Amount(source * config.d_model)
     if config.encoder_final_norm:
         output += Amount(source * config.d_model) + norm(config, source)
+    turns = rotary(config, step.tokens + step.source)
+    turns += rotary(config, step.tokens + step.source, config.cross_head_dim)
     yield Round(
         segments=(
             *(block(config, f"encoder.{i}", source) for i in range(config.num_encoder_layers)),
@@ -117,8 +119,8 @@ def kept(config: ModelConfig, rows: int, step: Pass) -> Iterator[Round]:
         ),
         states=positions,
         scored=rows * step.scored,
-        beside=rotary(config, step.tokens + step.source)
-        + rotary(config, step.tokens + step.source, config.cross_head_dim),
+        beside=turns,
+        carried=turns + Amount(source * config.d_model),
     )
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from models.batch import Batch
 from models.config import ModelConfig
 from models.registry import build
+from tests.models.live_storages import LiveStorages
 from tests.models.prefix_loop import LLAMA, STYLES, loop_gradients
-from tests.tools.planning.live_storages import LiveStorages
 
 
 def check_against_the_loop(model, batch, gradients):

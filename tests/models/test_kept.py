@@ -1,4 +1,5 @@
-"""The torch-free tables of parameters and of what is kept, against built models and autograd."""
+"""The torch-free tables of parameters, of what is kept, and of what is held where nothing is kept,
+against built models, autograd and live tensors."""
 
 from __future__ import annotations
 
@@ -7,11 +8,14 @@ import math
 import pytest
 import torch
 
+from models import activations
 from models.batch import Batch
 from models.config import ModelConfig, named
+from models.head_rows import nll_bytes
 from models.operations import Pass
 from models.parameter_shapes import embedding_shapes
 from models.registry import architecture, build
+from tests.models.live_storages import LiveStorages
 
 ROWS, TOKENS, VOCAB_SIZE = 3, 48, 97
 SWITCHES: dict[str, list[dict]] = {
@@ -40,7 +44,7 @@ def listed(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def model_of(arch: str, switch: dict, **more: int) -> ModelConfig:
-    return named(arch, "nano", VOCAB_SIZE, max_seq_len=TOKENS, **(switch | more))
+    return named(arch, "nano", VOCAB_SIZE, **({"max_seq_len": TOKENS} | switch | more))
 
 
 @pytest.mark.parametrize(("arch", "switch"), CASES)
@@ -98,6 +102,48 @@ def test_what_is_kept_is_what_autograd_saves(arch: str, switch: dict) -> None:
         assert 0.95 * own < measured < own + beside, (own, beside, measured)
     else:
         assert math.isclose(own + beside, measured, rel_tol=0.02), (own + beside) / measured
+
+
+def scored_peak(model: torch.nn.Module, batch: Batch) -> int:
+    """Most bytes of the tensors that `token_nll` makes."""
+    there = [*model.parameters(), *vars(batch).values()]
+    with LiveStorages() as live:
+        # Views of them would be counted as new.
+        seen = [x.view_as(x) for x in there if isinstance(x, torch.Tensor)]
+        live.peak = before = live.bytes
+        model.token_nll(batch)  # type: ignore[operator]
+        del seen
+    return live.peak - before
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("arch", "switch"), CASES)
+def test_what_an_evaluation_holds_is_what_is_alive(
+    arch: str, switch: dict, precision: torch.dtype
+) -> None:
+    rows, tokens, width = 8, 128, precision.itemsize
+    config = model_of(arch, switch | {"max_seq_len": tokens}, num_layers=4, entp_chunk_pairs=4_000)
+    torch.manual_seed(0)
+    model = build(config).to(precision).eval()
+    ids = torch.randint(VOCAB_SIZE, (rows, tokens))
+    source = tokens // 2 if architecture(arch).encodes_prefix else 0
+    target = ids[:, source:]
+    scored = torch.ones_like(target, dtype=torch.bool)
+    scored[:, : tokens // 2 - source] = False
+    batch = Batch(target, target.clone(), scored, encoder_ids=ids[:, :source] if source else None)
+    measured = scored_peak(model, batch)
+    # Of a CPU's own kernel for GELU, three pieces whatever the size of the model.
+    scratch = 3 * 4 * activations._BLOCK if config.feed_forward == "gelu" and width == 4 else 0
+    step = Pass(tokens=tokens - source, scored=tokens // 2, source=source, training=False)
+    described = architecture(arch).kept
+    assert described is not None
+    said = []
+    for run in described(config, rows, step):
+        passing = max(s.passing.bytes(width, on_cpu=True) for s in run.segments)
+        said.append(passing + run.carried.bytes(width, on_cpu=True))
+        counts = {"states": run.states, "scored": run.scored}
+        said.append(nll_bytes(VOCAB_SIZE, config.d_model, **counts, width=width, on_cpu=True))
+    assert 0.92 * (measured - scratch) < max(said) < 1.08 * measured, (max(said), measured)
 
 
 def test_every_architecture_of_ours_can_be_planned() -> None:

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import head_rows, losses
 from models.losses import linear_cross_entropy, linear_token_nll
-from tests.tools.planning.live_storages import LiveStorages
+from tests.models.live_storages import LiveStorages
 
 
 def plain(hidden, weight, targets, mask, z_loss, weights=None):

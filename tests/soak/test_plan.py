@@ -1,51 +1,31 @@
-"""The plan's memory over the whole grid: every named size among up to 1024 ranks, and real steps of
-every architecture, stage and optimizer."""
+"""The plan's memory over the whole grid: every named size of every architecture among up to 1024
+ranks, and real steps and evaluations of every architecture, stage and optimizer."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from hypothesis import assume, given, settings
 
 from models.registry import ARCHITECTURES
 from models.shapes import sizes_of
 from tests.tools.planning.measured import Case, measure, pretend
-from tests.tools.planning.test_memory import check_peak, check_states
+from tests.tools.planning.test_choose import QUESTIONS, check_smallest
+from tests.tools.planning.test_memory import check_evaluation, check_peak, check_states
 
 pytestmark = [pytest.mark.distributed, pytest.mark.soak]
 VOCAB_SIZE = 32_768
 RANKS = (8, 64, 1024)
-# bf16 takes a pass over every number of a model, which of these takes minutes.
-LARGE = ("1b", "2b", "4b", "8b")
-
-
-def layouts(ranks: int) -> list[Case]:
-    """Every named size once, the architectures taking turns that differ by `ranks`.
-
-    An engine takes twice its states while it is made: of the largest size an eighth would take all
-    that a machine of 24 GB has, so it is cut for twice as many ranks.
-    """
-    archs, found = list(ARCHITECTURES), []
-    for number, size in enumerate(sizes_of("decllm")):
-        arch = archs[(number + RANKS.index(ranks)) % len(archs)]
-        if size not in sizes_of(arch):
-            arch = "decllm"
-        if size == "8b" and ranks == 8:
-            continue
-        precision = "fp32" if size in LARGE else "bf16"
-        found.append(Case(arch, size, precision=precision, vocab_size=VOCAB_SIZE))
-    return found
+SIZES = [(arch, size) for arch in ARCHITECTURES for size in sizes_of(arch)]
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_states_of_every_named_size(ranks: int) -> None:
-    cases = layouts(ranks)
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_states_of_every_named_size(precision: str, ranks: int) -> None:
+    cases = [Case(*named, precision=precision, vocab_size=VOCAB_SIZE) for named in SIZES]
     for case, found in zip(cases, pretend(cases, ranks, timeout=290), strict=True):
         check_states(case, ranks, found)
-
-
-def test_states_of_the_largest_size_among_sixteen() -> None:
-    case = Case("decllm", "8b", precision="fp32", vocab_size=VOCAB_SIZE)
-    (found,) = pretend([case], 16, timeout=290)
-    check_states(case, 16, found)
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -91,3 +71,26 @@ def test_peaks_of_a_single_rank() -> None:
 def test_peaks_of_two_ranks() -> None:
     for case, found in zip(TWO_RANKS, measure(TWO_RANKS, 2, timeout=290), strict=True):
         check_peak(case, 2, found)
+
+
+EVALUATED = [
+    Case("ared", "tiny", stage=1, rows=1, evaluated=64, saves=True, optimizer="muon"),
+    Case("ared", "tiny", rows=1, seq_len=16, precision="bf16", evaluated=64),
+    Case("redllm", "tiny", stage=2, rows=1, evaluated=64, model=(("merged_attention", True),)),
+    Case("redllm", "tiny", rows=1, evaluated=64, saves=True),
+    Case("entp", "tiny", rows=1, seq_len=64, evaluated=48, model=(("entp_sampled_prefixes", 4),)),
+    Case("decllm", "tiny", vocab_size=16_000, rows=1, evaluated=96, precision="bf16"),
+]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_peaks_of_evaluations(ranks: int) -> None:
+    for case, found in zip(EVALUATED, measure(EVALUATED, ranks, timeout=290), strict=True):
+        check_evaluation(case, ranks, found)
+
+
+@given(QUESTIONS)
+@settings(max_examples=150, deadline=None)
+def test_the_cluster_that_is_named_is_accepted_and_none_below_it(question: dict[str, Any]) -> None:
+    assume(question["global_batch"] % question.get("micro_batch", 1) == 0)
+    check_smallest(question)

@@ -33,7 +33,7 @@ class Cluster:
     devices: int
     per_node: int
     host_memory: float
-    """Bytes of a node's own memory, for what is offloaded."""
+    """Bytes of a node's own memory, for what is offloaded and for copies of checkpoints."""
 
     @property
     def on_cpu(self) -> bool:
@@ -44,6 +44,11 @@ class Cluster:
     def nodes(self) -> int:
         """Whole ones."""
         return -(-self.devices // self.per_node)
+
+    @property
+    def on_node(self) -> int:
+        """Devices of the fullest node."""
+        return min(self.devices, self.per_node)
 
     @property
     def bandwidth(self) -> float:
@@ -57,10 +62,13 @@ class Cluster:
         runtime = CPU_RUNTIME if self.on_cpu else GPU_RUNTIME
         return int(tensors * (1 + FRAGMENTATION) + runtime)
 
-    def holds(self, needs: int, host: int) -> bool:
-        """Whether a rank's `needs` fit a device, and its `host` bytes the share of a node."""
-        ranks = min(self.devices, self.per_node)
-        return needs <= self.device.memory and host * ranks <= self.host_memory
+    def fits(self, tensors: int) -> bool:
+        """Whether a peak of `tensors` bytes fits a device."""
+        return self.needs(tensors) <= self.device.memory
+
+    def holds_on_host(self, host: int) -> bool:
+        """Whether a rank's `host` bytes fit its share of a node's own memory."""
+        return host * self.on_node <= self.host_memory
 
     def of(self, devices: int) -> Cluster:
         """The same with another number of devices."""

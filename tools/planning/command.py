@@ -17,22 +17,16 @@ from pipeline.checkpointing.retention import Retention
 from pipeline.deepspeed_file import read_deepspeed_file, run_problems
 from pipeline.model_overrides import convert_overrides
 from pipeline.options import UserError, option
-from tools.planning.choose import (
-    CPU_FILES,
-    GPU_FILES,
-    Choice,
-    Freedom,
-    best,
-    closest,
-    smallest,
-)
+from tools.planning.choose import CPU_FILES, GPU_FILES, Freedom, best, closest, smallest
 from tools.planning.cluster import Cluster
 from tools.planning.disk import disk
-from tools.planning.report import Plan, as_json, gigabytes, misfit_json, text
+from tools.planning.misfit import Misfit
+from tools.planning.report import Plan, as_json, text
 from tools.planning.request import Request
-from tools.planning.states import states
 
 DS_CONFIGS = Path(__file__).parent.parent.parent / "ds_configs"
+# Held-out sequences at once where nothing is said: RunConfig's.
+EVAL_MICRO_BATCH = 32
 # Tokens for each parameter where nothing is said: about what Chinchilla found best.
 TOKENS_PER_PARAMETER = 20
 
@@ -41,9 +35,10 @@ TOKENS_PER_PARAMETER = 20
 class Options:
     """Memory of a GPU by component, time of a step, days, energy and disk of a run.
 
-    Recommends a file of ds_configs/, a micro-batch and whether to recompute activations; says what
-    the smallest cluster is where nothing fits. Memory is counted tensor by tensor and is checked
-    against real CPU runs; times and energy are predictions, never checked on a GPU.
+    Recommends a file of ds_configs/, micro-batches for training and evaluation and whether to
+    recompute activations; says what the smallest cluster is where nothing fits. Memory is counted
+    tensor by tensor and is checked against real CPU runs; times and energy are predictions, never
+    checked on a GPU.
     """
 
     arch: str = option(f"architecture: {', '.join(ARCHITECTURES)}", metavar="ARCH")
@@ -56,11 +51,15 @@ class Options:
     )
     memory_gb: float | None = option("GB of a GPU (default: its kind's)", None)
     host_memory_gb: float = option(
-        "GB of a node's own memory, for what is offloaded", 1000.0, minimum=0.0
+        "GB of a node's own memory, for what is offloaded and for copies of checkpoints",
+        1000.0,
+        minimum=0.0,
     )
     seq_len: int = option("tokens of a sequence, an encoder's included", 2048, minimum=2)
     prefix_len: int | None = option(
-        "of these, what an encoder reads (default: half of seq_len)", None, minimum=1
+        "of these, what an encoder reads and evaluations do not score (default: half of seq_len)",
+        None,
+        minimum=1,
     )
     global_batch: int = option("sequences in one optimizer step, over all GPUs", 512, minimum=1)
     tokens: float | None = option(
@@ -86,11 +85,21 @@ class Options:
     activation_checkpointing: bool | None = option(
         "recompute blocks in the backward pass (default: where it is needed)", None
     )
+    eval_micro_batch: int | None = option(
+        f"held-out sequences a GPU holds at once (default: a run's {EVAL_MICRO_BATCH}, or the most "
+        "below that fit)",
+        None,
+        minimum=1,
+    )
+    eval_sequences: int = option("held-out sequences of an evaluation", 512, minimum=1)
     checkpoint_every: int = option("steps between checkpoints", 1000, minimum=0)
     keep_checkpoints: int = option("newest checkpoints kept", 2, minimum=1)
     keep_every: int = option("multiples of this many steps have one that stays", 0, minimum=0)
     log_spaced_checkpoints: int = option(
         "checkpoints in each factor of ten of steps that stay", 0, minimum=0
+    )
+    async_checkpoints: bool = option(
+        "write checkpoints beside the training, from a copy of the state in CPU memory", True
     )
     json: bool = option("print one JSON object instead of a table", False)
 
@@ -110,13 +119,25 @@ class Options:
             yield f"beta1={self.beta1}: only asked of adafactor; leave it out"
         if self.prefix_len is not None and self.prefix_len >= self.seq_len:
             yield f"prefix_len={self.prefix_len}: give less than seq_len={self.seq_len}"
-        unit = self.gpus * (self.micro_batch or 1)
-        if self.global_batch % unit:
-            below, above = self.global_batch // unit * unit, (self.global_batch // unit + 1) * unit
-            nearest = f"{below} or {above}" if below else str(above)
+        if self.gpu == "v100" and self.precision == "bf16":
+            yield "precision='bf16': v100 has no such numbers; give fp32, or another gpu"
+        yield from self._batch_problems()
+
+    def _batch_problems(self) -> Iterator[str]:
+        """As a launch finds them."""
+        micro = self.micro_batch or 1
+        unit, batch = self.gpus * micro, self.global_batch
+        if batch % unit:
+            below, above = batch // unit * unit, (batch // unit + 1) * unit
+            remedy = f"{below} or {above}" if below else str(above)
+            counts = [n for n in range(1, batch // micro + 1) if batch % (n * micro) == 0]
+            around = [n for n in counts if n < self.gpus][-1:]
+            around += [n for n in counts if n > self.gpus][:1]
+            if around:
+                remedy += f", or gpus {' or '.join(map(str, around))}"
             yield (
-                f"global_batch={self.global_batch}: does not divide by {self.gpus} GPUs × "
-                f"micro_batch {self.micro_batch or 1}; give {nearest}"
+                f"global_batch={batch}: does not divide by {self.gpus} GPUs × micro_batch {micro}; "
+                f"give {remedy}"
             )
 
     def cluster(self) -> Cluster:
@@ -140,11 +161,35 @@ class Options:
         paths = [DS_CONFIGS / f"{name}.json" for name in names]
         return tuple((f"ds_configs/{p.name}", read_deepspeed_file(str(p))) for p in paths)
 
+    def retention(self) -> Retention:
+        """Which checkpoints are made and kept."""
+        return Retention(
+            self.checkpoint_every,
+            self.keep_checkpoints,
+            self.keep_every,
+            self.log_spaced_checkpoints,
+        )
+
+    def saves_on_the_way(self) -> bool:
+        """Whether there is a checkpoint before the last, which the training does not wait for."""
+        return bool(self.checkpoint_every or self.keep_every or self.log_spaced_checkpoints)
+
+    def freedom(self) -> Freedom:
+        """What may be chosen. Raises UserError."""
+        again, scored = self.activation_checkpointing, self.eval_micro_batch
+        sizes = [EVAL_MICRO_BATCH >> i for i in range(EVAL_MICRO_BATCH.bit_length())]
+        return Freedom(
+            files=self.files(),
+            global_batch=self.global_batch,
+            micro_batch=self.micro_batch,
+            checkpointing=(False, True) if again is None else (again,),
+            eval_micro_batches=tuple(sizes) if scored is None else (scored,),
+            eval_sequences=self.eval_sequences,
+        )
+
     def request(self, model: ModelConfig) -> Request:
         """What is asked, before anything is chosen."""
-        source = 0
-        if architecture(self.arch).encodes_prefix:
-            source = self.prefix_len or self.seq_len // 2
+        split = self.prefix_len or self.seq_len // 2
         return Request(
             model=model,
             optimizer=self.optimizer,
@@ -154,7 +199,9 @@ class Options:
             micro_batch=1,
             backward_calls=1,
             seq_len=self.seq_len,
-            source=source,
+            source=split if architecture(self.arch).encodes_prefix else 0,
+            split=split,
+            copies_saves=self.async_checkpoints and self.saves_on_the_way(),
             factored=self.factored,
             momentum=self.beta1 > 0,
             on_cpu=self.gpu == "cpu",
@@ -188,24 +235,20 @@ def _overrides(model: dict[str, Any]) -> dict[str, Any]:
 def plan(options: Options) -> Plan:
     """Everything the command says. Raises UserError, `Misfit` where nothing fits."""
     model, cluster = resolved_model(options), options.cluster()
-    request = options.request(model)
-    again = options.activation_checkpointing
-    freedom = Freedom(
-        options.files(), options.micro_batch, (False, True) if again is None else (again,)
-    )
-    found = best(request, cluster, freedom, options.global_batch // options.gpus)
+    request, freedom = options.request(model), options.freedom()
+    found = best(request, cluster, freedom)
     if found is None:
-        raise Misfit(options, cluster, *_nearest(request, cluster, freedom))
+        raise Misfit(
+            f"{options.arch} {options.size}",
+            cluster,
+            freedom,
+            closest(request, cluster, freedom),
+            smallest(request, cluster, freedom),
+        )
     total = parameters(model).total
     step_tokens = options.global_batch * options.seq_len
     tokens = options.tokens or TOKENS_PER_PARAMETER * total
     steps = options.steps or max(1, round(tokens / step_tokens))
-    retention = Retention(
-        options.checkpoint_every,
-        options.keep_checkpoints,
-        options.keep_every,
-        options.log_spaced_checkpoints,
-    )
     return Plan(
         arch=options.arch,
         size=options.size,
@@ -215,50 +258,8 @@ def plan(options: Options) -> Plan:
         global_batch=options.global_batch,
         steps=steps,
         tokens=steps * step_tokens,
-        disk=disk(found.request, steps * step_tokens, steps, retention),
+        disk=disk(found.request, steps * step_tokens, steps, options.retention()),
     )
-
-
-def _nearest(
-    request: Request, cluster: Cluster, freedom: Freedom
-) -> tuple[Choice, tuple[Cluster, Choice] | None]:
-    return closest(request, cluster, freedom), smallest(request, cluster, freedom)
-
-
-class Misfit(UserError):
-    """Nothing that may be chosen fits; says what is largest, and which cluster would do."""
-
-    def __init__(
-        self,
-        options: Options,
-        cluster: Cluster,
-        nearest: Choice,
-        enough: tuple[Cluster, Choice] | None,
-    ) -> None:
-        moment, largest = nearest.peak, nearest.peak.largest
-        room = gigabytes(cluster.device.memory)
-        text = f"gpus={options.gpus}: {options.arch} {options.size} does not fit "
-        if nearest.needs > cluster.device.memory:
-            text += (
-                f"{cluster.kind}'s {room}; at the least each needs {gigabytes(nearest.needs)}, "
-                f"most of it {largest} ({gigabytes(moment.parts[largest])})"
-            )
-        else:
-            host = sum(states(nearest.request).host.values())
-            text += (
-                f"host_memory_gb={options.host_memory_gb:g}: {nearest.file} leaves "
-                f"{gigabytes(host)} of each GPU there"
-            )
-        if enough is None:
-            text += "; no number of them holds it: shorten seq_len, or give a larger kind"
-        else:
-            way = enough[1]
-            text += f"; the smallest cluster that holds it is {enough[0].devices} × {cluster.kind}"
-            text += f" with {way.file}, micro_batch {way.request.micro_batch}"
-            if way.request.model.activation_checkpointing:
-                text += " and activation checkpointing"
-        super().__init__(text)
-        self.document = misfit_json(cluster, nearest, enough)
 
 
 def run(options: Options) -> None:

@@ -35,8 +35,7 @@ _replayed: dict[tuple[Any, ...], dict[Moment, int]] = {}
 
 def gathered(request: Request, run: Round) -> dict[Moment, int]:
     """Most bytes of gathered parameters at each moment of a pass, those apart that stay whole."""
-    if request.stage != 3 or (request.ranks == 1 and not request.offloads_parameters):
-        # A single rank's slices are the parameters.
+    if not _gathers(request):
         return {}
     names = tuple(segment.module for segment in run.segments)
     zero = tuple(sorted((key, str(value)) for key, value in request.zero.items()))
@@ -49,6 +48,33 @@ def gathered(request: Request, run: Round) -> dict[Moment, int]:
         replay.run_pass()
         _replayed[key] = replay.peaks
     return _replayed[key]
+
+
+def gathered_by_evaluation(request: Request, run: Round) -> dict[Moment, int]:
+    """Most bytes of gathered parameters in each segment of an evaluation, and in its head.
+
+    Its modules come in another order than the training's, so nothing is gathered ahead: one module
+    is there at a time, of several parameters their common buffer too.
+    """
+    if not _gathers(request):
+        return {}
+    modules: dict[str, list[int]] = {}
+    whole = {p.name for p in persistent(request)}
+    for parameter in request.parameters:
+        if parameter.name not in whole:
+            size = _padded(parameter, request.ranks) * request.width
+            modules.setdefault(parameter.module, []).append(size)
+    found: dict[Moment, int] = {}
+    for module, sizes in modules.items():
+        size = sum(sizes) * (2 if len(sizes) > 1 else 1)
+        moment: Moment = HEAD if module == "embedding" else _segment_of(module, run)
+        found[moment] = max(found.get(moment, 0), size)
+    return found
+
+
+def _gathers(request: Request) -> bool:
+    """Whether there is anything to gather: a single rank's slices are the parameters."""
+    return request.stage == 3 and (request.ranks > 1 or request.offloads_parameters)
 
 
 def _visits(request: Request, run: Round) -> Iterator[_Visit]:

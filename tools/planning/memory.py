@@ -1,18 +1,19 @@
 """The fullest moment of a step on one rank, and what fills it.
 
 A step is walked through moment by moment: the head at the end of the forward pass, each segment's
-backward pass, the end of the backward pass, the optimizer's step. Each holds the model states and
-what is its own; the largest sum is the plan's.
+backward pass, the end of the backward pass, the optimizer's step; and an evaluation, each segment
+and the head. Each holds the model states and what is its own; the largest sum is the plan's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from models.head_rows import head_bytes
+from models.head_rows import head_bytes, nll_bytes
 from models.kept import Amount, Round, Segment
-from tools.planning.gathering import HEAD, LAST, gathered
+from tools.planning.disk import checkpoint_bytes
+from tools.planning.gathering import HEAD, LAST, gathered, gathered_by_evaluation
 from tools.planning.request import Request
 from tools.planning.states import (
     ALL_REDUCE_ELEMENTS,
@@ -27,6 +28,9 @@ from tools.planning.states import (
 BATCH_BYTES = 8 + 8 + 1
 # DeepSpeed's limit on what Muon's gathers keep.
 MUON_BUFFERS = 256 << 20
+EVALUATION = "evaluation"
+"""What the names of its moments begin with."""
+SAVE_COPY = "checkpoint copy"
 
 
 @dataclass(frozen=True)
@@ -48,24 +52,82 @@ class Moment:
 
 
 def peak(request: Request) -> Moment:
-    """The fullest moment."""
-    return max(moments(request), key=lambda moment: moment.total)
+    """The fullest moment, of a step or of an evaluation."""
+    return fullest(moments(request))
+
+
+def fullest(some: Iterable[Moment]) -> Moment:
+    """Of some moments."""
+    return max(some, key=lambda moment: moment.total)
 
 
 def moments(request: Request) -> Iterator[Moment]:
-    """Every moment of a step that may be the fullest."""
+    """Every moment that may be the fullest."""
+    yield from step_moments(request)
+    yield from evaluation_moments(request)
+
+
+def step_moments(request: Request) -> Iterator[Moment]:
+    """Those of a training step."""
     held = states(request)
+    base = _base(request, held, request.micro_batch)
+    for run in request.rounds:
+        yield from _round_moments(request, base, run)
+    yield Moment("optimizer step", _added(base, **_step(request, held)))
+
+
+def evaluation_moments(request: Request) -> Iterator[Moment]:
+    """Those of an evaluation; none where nothing is scored."""
+    base = _base(request, states(request), request.evaluated)
+    for run in request.evaluation_rounds:
+        yield from _evaluation_moments(request, base, run)
+
+
+def _base(request: Request, held: States, sequences: int) -> dict[str, int]:
+    """What is there in every moment with a batch of so many sequences."""
     base = {
         "parameters": held.parameters,
         "gradients": held.gradients,
         "fp32 masters": held.masters,
         "optimizer states": held.moments,
         "buckets": held.buckets + _muon_buffers(request),
-        "batch": request.micro_batch * request.seq_len * BATCH_BYTES,
+        "batch": sequences * request.seq_len * BATCH_BYTES,
     }
-    for run in request.rounds:
-        yield from _round_moments(request, base, run)
-    yield Moment("optimizer step", _added(base, **_step(request, held)))
+    return base | (_save_copy(request) if request.on_cpu else {})
+
+
+def host(request: Request) -> dict[str, int]:
+    """Bytes of a rank by name in the memory of a GPU's host: what is offloaded, and the copy that a
+    checkpoint is written from while the training goes on."""
+    held = dict(states(request).host)
+    return held if request.on_cpu else held | _save_copy(request)
+
+
+def _save_copy(request: Request) -> dict[str, int]:
+    if not request.copies_saves:
+        return {}
+    return {SAVE_COPY: -(-checkpoint_bytes(request) // request.ranks)}
+
+
+def _evaluation_moments(request: Request, base: dict[str, int], run: Round) -> Iterator[Moment]:
+    model, width, on_cpu = request.model, request.width, request.on_cpu
+    whole = gathered_by_evaluation(request, run)
+    carried = run.carried.bytes(width, on_cpu=on_cpu)
+    for index, segment in enumerate(run.segments):
+        held = segment.passing.bytes(width, on_cpu=on_cpu) + carried
+        yield Moment(
+            f"{EVALUATION}, {segment.module}",
+            _added(base, activations=held, gathered=whole.get(index, 0)),
+        )
+    head = nll_bytes(
+        model.vocab_size,
+        model.d_model,
+        states=run.states,
+        scored=run.scored,
+        width=width,
+        on_cpu=on_cpu,
+    )
+    yield Moment(f"{EVALUATION}, head", _added(base, logits=head, gathered=whole.get(HEAD, 0)))
 
 
 def _round_moments(request: Request, base: dict[str, int], run: Round) -> Iterator[Moment]:
@@ -180,8 +242,10 @@ def _step(request: Request, held: States) -> dict[str, int]:
         copies = flat * 2 + (flat * 4 if together else 0)
         return _added(sums, **{"step copies": copies})
     if request.stage == 1:
-        bucket = request.setting("reduce_bucket_size", BUCKET) * request.width
-        return _added(sums, buckets=bucket)
+        sums["buckets"] = request.setting("reduce_bucket_size", BUCKET) * request.width
+        # Then the gradients of other ranks' parts go, and a flat copy of the own ones is made.
+        own = {"gradients": 4 * sum(sizes), "step copies": 4 * max(sizes)}
+        return max(sums, sums | own, key=lambda parts: sum(parts.values()))
     norms = 8 * min(largest, max(sizes))
     return _added(sums, **{"step copies": max(norms, 4 * max(sizes))})
 

@@ -9,9 +9,8 @@ from typing import Any
 from tools.planning.choose import Choice
 from tools.planning.cluster import Cluster, Range
 from tools.planning.disk import Disk
-from tools.planning.memory import moments
+from tools.planning.memory import host, step_moments
 from tools.planning.speed import MEMORY, MESSAGES, PRODUCTS
-from tools.planning.states import states
 
 DAY = 86_400
 CAVEAT = (
@@ -77,7 +76,7 @@ def text(plan: Plan) -> str:
         f"{plan.global_batch} × {request.seq_len}",
         "",
         f"ds_config: {chosen.file}   micro_batch: {request.micro_batch}   "
-        f"model.activation_checkpointing: {again}",
+        f"eval_micro_batch: {chosen.eval_micro_batch}   model.activation_checkpointing: {again}",
         "",
         f"{'memory of a GPU, ' + chosen.peak.name:<58}{'':>2}",
     ]
@@ -95,7 +94,11 @@ def text(plan: Plan) -> str:
     )
     other = with_other_checkpointing(chosen)
     lines.append(f"  {'activations ' + other[0]:<40}{gigabytes(other[1]):>12}")
-    for name, size in states(request).host.items():
+    at_evaluation = chosen.peak is chosen.evaluation
+    other_phase = chosen.step if at_evaluation else chosen.evaluation
+    named = "fullest of a training step" if at_evaluation else "fullest of an evaluation"
+    lines.append(f"  {named:<40}{gigabytes(other_phase.total):>12}")
+    for name, size in host(request).items():
         lines.append(f"  {'in host memory: ' + name:<40}{gigabytes(size):>12}")
     speed, days = chosen.speed, plan.days
     rates, energy, share = plan.tokens_per_second, plan.kilowatt_hours, plan.utilisation
@@ -110,7 +113,7 @@ def text(plan: Plan) -> str:
         _row("tokens a second", Range(rates.high, rates.low)),
         _row("hardware FLOPs, % of the peak", Range(100 * share.high, 100 * share.low)),
         _row("days", days),
-        _row("kWh of the GPUs at full power", energy),
+        _row(f"kWh of the {'ranks' if cluster.on_cpu else 'GPUs'} at full power", energy),
         "",
         f"disk: {gigabytes(disk.data)} of tokens in {disk.shards:,} shards "
         f"({disk.shards_per_rank:.3g} a rank), {disk.checkpoints} checkpoints of "
@@ -135,7 +138,7 @@ def with_other_checkpointing(chosen: Choice) -> tuple[str, int]:
     is_on = request.model.activation_checkpointing
     model = dataclasses.replace(request.model, activation_checkpointing=not is_on)
     other = request.with_changes(model=model)
-    most = max(moment.parts.get("activations", 0) for moment in moments(other))
+    most = max(moment.parts.get("activations", 0) for moment in step_moments(other))
     return ("without recomputation" if is_on else "with recomputation"), most
 
 
@@ -147,14 +150,15 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "fits": True,
         "model": dataclasses.asdict(chosen.request.model),
         "parameters": plan.parameters,
-        "cluster": _cluster(cluster),
+        "cluster": cluster_json(cluster),
         "ds_config": chosen.file,
         "micro_batch": chosen.request.micro_batch,
+        "eval_micro_batch": chosen.eval_micro_batch,
         "activation_checkpointing": chosen.request.model.activation_checkpointing,
         "global_batch": plan.global_batch,
         "steps": plan.steps,
         "tokens": plan.tokens,
-        "memory": _memory(chosen) | {f"activations {other[0]}": other[1]},
+        "memory": memory_json(chosen) | {f"activations {other[0]}": other[1]},
         "predicted": {
             "step_seconds": dataclasses.asdict(chosen.speed),
             "tokens_per_second": dataclasses.asdict(plan.tokens_per_second),
@@ -172,30 +176,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def misfit_json(
-    cluster: Cluster, nearest: Choice, enough: tuple[Cluster, Choice] | None
-) -> dict[str, Any]:
-    """Where nothing fits: what comes nearest, and the smallest cluster that would do."""
-    found = None
-    if enough is not None:
-        found = {
-            "gpus": enough[0].devices,
-            "ds_config": enough[1].file,
-            "micro_batch": enough[1].request.micro_batch,
-            "activation_checkpointing": enough[1].request.model.activation_checkpointing,
-            "memory": _memory(enough[1]),
-        }
-    return {
-        "fits": False,
-        "cluster": _cluster(cluster),
-        "ds_config": nearest.file,
-        "memory": _memory(nearest),
-        "largest": nearest.peak.largest,
-        "smallest_cluster": found,
-    }
-
-
-def _cluster(cluster: Cluster) -> dict[str, Any]:
+def cluster_json(cluster: Cluster) -> dict[str, Any]:
+    """The machines."""
     return {
         "gpu": cluster.kind,
         "gpus": cluster.devices,
@@ -205,11 +187,14 @@ def _cluster(cluster: Cluster) -> dict[str, Any]:
     }
 
 
-def _memory(choice: Choice) -> dict[str, Any]:
+def memory_json(choice: Choice) -> dict[str, Any]:
+    """Of one device at its fullest moment, and of its host."""
     return {
         "at": choice.peak.name,
         "bytes": choice.peak.parts,
         "tensors": choice.peak.total,
         "needed": choice.needs,
-        "host": states(choice.request).host,
+        "step": choice.step.total,
+        "evaluation": choice.evaluation.total,
+        "host": host(choice.request),
     }

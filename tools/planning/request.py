@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from models.config import ModelConfig
@@ -45,6 +45,9 @@ class Request:
         backward_calls: micro-batches of a step on one rank.
         seq_len: tokens of a sequence, source and target.
         source: of these, what an encoder reads.
+        split: of these, what evaluations do not score.
+        evaluated: held-out sequences that a rank holds at once; 0: none are scored.
+        copies_saves: whether checkpoints are written from a copy in host memory.
         on_cpu: whether ranks are CPU ones, over gloo.
     """
 
@@ -57,6 +60,9 @@ class Request:
     backward_calls: int
     seq_len: int
     source: int = 0
+    split: int = 0
+    evaluated: int = 0
+    copies_saves: bool = False
     factored: bool = False
     momentum: bool = False
     on_cpu: bool = False
@@ -88,23 +94,44 @@ class Request:
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
         """Of the model, in its own order."""
-        listed = architecture(self.model.arch).shapes
-        assert listed is not None  # the command has seen to it
-        shapes = [*embedding_shapes(self.model), *listed(self.model)]
-        return tuple(Parameter(name, shape, _product(shape)) for name, shape in shapes)
+        return _parameters(self.model)
 
     @cached_property
     def rounds(self) -> tuple[Round, ...]:
         """What the backward calls of a micro-batch keep; the largest of each kind."""
-        kept = architecture(self.model.arch).kept
-        assert kept is not None
         target = self.seq_len - self.source
         step = Pass(tokens=target, scored=target, source=self.source)
-        return tuple(kept(self.model, self.micro_batch, step))
+        return _rounds(self.model, self.micro_batch, step)
+
+    @cached_property
+    def evaluation_rounds(self) -> tuple[Round, ...]:
+        """What an evaluation computes at once; none where nothing is scored."""
+        if not self.evaluated:
+            return ()
+        target = self.seq_len - self.source
+        scored = min(target, self.seq_len - self.split)
+        step = Pass(tokens=target, scored=scored, source=self.source, training=False)
+        return _rounds(self.model, self.evaluated, step)
 
     def with_changes(self, **changes: Any) -> Request:
         """The same, changed."""
         return replace(self, **changes)
+
+
+# A search asks for the same of many ways to run a model.
+@lru_cache(maxsize=16)
+def _parameters(model: ModelConfig) -> tuple[Parameter, ...]:
+    listed = architecture(model.arch).shapes
+    assert listed is not None  # the command has seen to it
+    shapes = [*embedding_shapes(model), *listed(model)]
+    return tuple(Parameter(name, shape, _product(shape)) for name, shape in shapes)
+
+
+@lru_cache(maxsize=256)
+def _rounds(model: ModelConfig, rows: int, step: Pass) -> tuple[Round, ...]:
+    kept = architecture(model.arch).kept
+    assert kept is not None
+    return tuple(kept(model, rows, step))
 
 
 def _product(shape: tuple[int, ...]) -> int:

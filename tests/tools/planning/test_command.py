@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from pipeline.accelerators import ACCELERATORS
+from pipeline.config import RunConfig
 from pipeline.options import UserError, load
 from tools.cli import dispatch
+from tools.planning.choose import Choice
 from tools.planning.command import Options, plan
-from tools.planning.memory import moments
+from tools.planning.memory import host, moments
 
 DECLLM = {"arch": "decllm", "size": "1b", "gpus": 8}
 
@@ -44,21 +46,68 @@ def test_the_parts_make_the_whole_and_the_recommendation_fits(
     assert "never checked on a GPU" in found["caveat"]
 
 
+NO_HOST = {"host_memory_gb": 0.0, "async_checkpoints": False}
+
+
 def test_what_cannot_fit_is_one_line_that_says_what_would() -> None:
     with pytest.raises(UserError) as refused:
-        planned(size="8b", gpus=2, host_memory_gb=0.0)
+        planned(size="8b", gpus=2, **NO_HOST)
     line = str(refused.value)
     assert "does not fit h100's 80.0 GB" in line
     assert "most of it optimizer states" in line
+    assert "zero3_offload.json would fit with host_memory_gb=" in line
     assert "\n" not in line
     enough = int(line.split("smallest cluster that holds it is ")[1].split(" ×")[0])
-    assert planned(size="8b", gpus=enough, host_memory_gb=0.0).cluster.devices == enough
+    assert planned(size="8b", gpus=enough, **NO_HOST).cluster.devices == enough
     with pytest.raises(UserError):
-        planned(size="8b", gpus=enough // 2, host_memory_gb=0.0)
+        planned(size="8b", gpus=enough // 2, **NO_HOST)
+
+
+def test_a_host_that_is_too_small_for_copies_of_checkpoints_is_told() -> None:
+    fixed = {"size": "8b", "ds_config": "ds_configs/zero3.json"}
+    with pytest.raises(
+        UserError, match=r"checkpoint copy 104\.7 GB\); give .*=105 or async"
+    ) as said:
+        planned(**fixed, host_memory_gb=104.0)
+    assert str(said.value).startswith("gpus=8: host_memory_gb=104: too little for decllm 8b")
+    found = planned(**fixed, host_memory_gb=105.0)
+    copy = host(found.chosen.request)
+    assert copy == {"checkpoint copy": found.disk.checkpoint // 8}
+    for without in ({"async_checkpoints": False}, {"checkpoint_every": 0}):
+        assert not host(planned(**fixed, host_memory_gb=0.0, **without).chosen.request)
+    assert host(planned(**fixed, checkpoint_every=0, keep_every=500).chosen.request) == copy
+
+
+def test_an_evaluation_can_be_the_fullest_moment() -> None:
+    fixed = {
+        "ds_config": "ds_configs/zero3.json",
+        "micro_batch": 1,
+        "activation_checkpointing": True,
+    }
+
+    def scored(**changes: Any) -> Choice:
+        found: Choice = planned(**fixed, **changes).chosen
+        return found
+
+    usual, few = scored(), scored(eval_micro_batch=1)
+    assert usual.peak is usual.evaluation
+    assert usual.peak.name.startswith("evaluation")
+    assert few.peak is few.step
+    assert few.step == usual.step
+    assert scored(eval_micro_batch=64).needs > usual.needs > few.needs
+    # A rank's share of them is all that it can hold.
+    assert usual.needs == scored(eval_micro_batch=64, eval_sequences=256).needs
+    assert RunConfig.__dataclass_fields__["eval_micro_batch"].default == usual.eval_micro_batch
+    # Where the usual number does not fit, it is the most below that does.
+    room = (usual.needs - 1) / 1e9
+    assert scored(memory_gb=room).eval_micro_batch == 16
+    with pytest.raises(UserError, match=r"needs at least .* GB \(evaluation, "):
+        planned(**fixed, memory_gb=room, eval_micro_batch=32)
 
 
 def test_a_refusal_has_exit_code_2_and_its_json_says_the_same() -> None:
     flags = ["--arch", "decllm", "--size", "8b", "--gpus", "1", "--host_memory_gb", "0"]
+    flags.append("--async_checkpoints=false")
     command = [sys.executable, "-m", "tools.cli", "plan", *flags, "--json"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 2
@@ -83,7 +132,9 @@ def test_no_torch_is_imported() -> None:
     ("changes", "said"),
     [
         ({"steps": 5, "tokens": 1e9}, "one of the two"),
-        ({"global_batch": 12}, "give 8 or 16"),
+        ({"global_batch": 12}, "give 8 or 16, or gpus 6 or 12"),
+        ({"gpus": 600}, "give 600, or gpus 512"),
+        ({"gpu": "v100"}, "v100 has no such numbers"),
         ({"factored": True}, "optimizer=adafactor"),
         ({"size": "entp-small", "arch": "redllm"}, "not a size of redllm"),
         ({"model": {"num_layers": "many"}}, "not a whole number"),
@@ -130,7 +181,7 @@ def test_more_of_anything_never_takes_less() -> None:
 @pytest.mark.parametrize("arch", ["decllm", "redllm", "entp", "ared"])
 def test_every_kind_of_device_gets_an_answer_for_every_architecture(arch: str) -> None:
     for kind in ACCELERATORS if arch == "decllm" else ("h100", "cpu"):
-        precision = "fp32" if kind == "cpu" else "bf16"
+        precision = "fp32" if kind in ("cpu", "v100") else "bf16"
         found = planned(arch=arch, size="100m", gpu=kind, precision=precision)
         assert found.chosen.needs <= ACCELERATORS[kind].memory
         assert all(m.total <= found.chosen.peak.total for m in moments(found.chosen.request))

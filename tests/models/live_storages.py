@@ -1,12 +1,13 @@
 """Bytes of all live tensor storages, over time: what a plan's memory is checked against.
 
 Every storage that an operator returns is counted once, from that moment until it is freed, in the
-thread that runs the step (a CPU's backward pass runs there too). Scratch inside an operator, and
-what gloo copies, are not seen; neither is on a GPU with NCCL.
+thread that runs the step (a CPU's backward pass runs there too); another may free it. Scratch
+inside an operator, and what gloo copies, are not seen; neither is on a GPU with NCCL.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any
 
@@ -27,6 +28,8 @@ class LiveStorages(TorchDispatchMode):
         super().__init__()
         self.bytes = self.peak = 0
         self._sizes: dict[int, int] = {}
+        # Of one thread, which may free a storage while it counts another.
+        self._lock = threading.RLock()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -38,11 +41,13 @@ class LiveStorages(TorchDispatchMode):
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self.bytes += storage.nbytes()
-            self.peak = max(self.peak, self.bytes)
-            weakref.finalize(storage, self._forget, key)
+        with self._lock:
+            if key not in self._sizes:
+                self._sizes[key] = storage.nbytes()
+                self.bytes += storage.nbytes()
+                self.peak = max(self.peak, self.bytes)
+                weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
-        self.bytes -= self._sizes.pop(key)
+        with self._lock:
+            self.bytes -= self._sizes.pop(key)
