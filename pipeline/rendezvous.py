@@ -211,7 +211,8 @@ class Meeting:
         except ConnectionRefusedError:
             return [0]  # its host answers that the process is gone
         except (OSError, RuntimeError):
-            return [rank for rank in ranks if self.hosts[rank] == self.hosts[0]]
+            there = [rank for rank in ranks if self.hosts[rank] == self.hosts[0]]
+            return [rank for rank in there if rank != place.rank]
         return [rank for rank in ranks if before[rank] == after[rank] and rank != place.rank]
 
     def name_lost(self) -> tuple[str, int]:

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable
 
 from pipeline.guards import stalls
-from pipeline.guards.heartbeat import FAILED, Beat, Heart, is_alive, read_beats, state_of
+from pipeline.guards.heartbeat import FAILED, Beat, Heart, is_alive, state_of
+from pipeline.guards.lookout import Lookout
 from pipeline.options import Fault, UserError
 from pipeline.program import no_room
 
@@ -48,19 +49,24 @@ def cause_of(
         return NoRoom(f"{told}, and {GO_ON}", told_by=heart.rank)
     text = str(error).lower()
     if isinstance(error, RuntimeError) and any(words in text for words in _BROKEN):
-        return _lost(heart) or _waited_for(heart, name_lost, error) or _unconnected(text)
+        lookout = Lookout(heart)
+        return (
+            _lost(heart, lookout)
+            or _waited_for(heart, lookout, name_lost, error)
+            or _unconnected(text)
+        )
     return None
 
 
 def _waited_for(
-    heart: Heart, name_lost: Callable[[], tuple[str, int]], error: Exception
+    heart: Heart, lookout: Lookout, name_lost: Callable[[], tuple[str, int]], error: Exception
 ) -> UserError | None:
     """The ranks that live and did not come, or that the network no longer reaches."""
-    started, first = time.monotonic(), _others(heart)
+    started, first = time.monotonic(), lookout.others()
     told, teller = name_lost()
     if first:
         time.sleep(max(0.0, 2.5 * heart.interval - (time.monotonic() - started)))
-    later = _others(heart)
+    later = lookout.others()
     if gone := [beat for beat in later if _is_gone(beat)]:
         return Fault(lost_sentence(gone), told_by=speaker(gone, heart.world_size))
     # It waited until the error came; whether GPUs wait does not show on any rank.
@@ -69,7 +75,9 @@ def _waited_for(
     found = stalls.culprits(seen) if later and heart.is_heard else []
     if any(one.beat.rank == heart.rank for one in found):
         found = []
-    if told and (not found or any(is_alive(one.beat) is None for one in found)):
+    elsewhere = any(is_alive(one.beat) is None for one in found)
+    waits = all(one.beat.waits and not one.is_silent for one in found)
+    if told and (elsewhere or waits):
         # Beats may still arrive, in a folder that all reach.
         return Fault(f"{told} ({str(error).splitlines()[0][-120:]}); {GO_ON}", told_by=teller)
     if not found:
@@ -91,14 +99,14 @@ def _unconnected(text: str) -> UserError | None:
     )
 
 
-def _lost(heart: Heart) -> UserError | None:
+def _lost(heart: Heart, lookout: Lookout) -> UserError | None:
     """The ranks that are gone: seen at once on this host, by their silence on another."""
-    first = _others(heart)
+    first = lookout.others()
     gone = [beat for beat in first if _is_gone(beat)]
     if not gone and any(is_alive(beat) is None for beat in first):
         time.sleep(2.5 * heart.interval)
         before = {beat.rank: beat.time for beat in first}
-        later = _others(heart)
+        later = lookout.others()
         gone = [b for b in later if b.phase == FAILED or b.time == before.get(b.rank)]
     if not gone:
         return None
@@ -107,16 +115,6 @@ def _lost(heart: Heart) -> UserError | None:
 
 def _is_gone(beat: Beat) -> bool:
     return beat.phase == FAILED or is_alive(beat) is False
-
-
-def _others(heart: Heart) -> list[Beat]:
-    if heart.folder is None:
-        return []
-    return [
-        beat
-        for beat in read_beats(heart.folder)
-        if beat.launch == heart.launch and beat.rank != heart.rank
-    ]
 
 
 def lost_sentence(gone: list[Beat]) -> str:

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -87,7 +87,7 @@ def read_beats(folder: Path) -> list[Beat]:
     found = []
     for file in sorted(folder.glob("rank-*.json")):
         try:
-            found.append(_parsed(file.read_text(encoding="utf-8")))
+            found.append(parse_beat(json.loads(file.read_text(encoding="utf-8"))))
         except (OSError, ValueError, TypeError):
             # Removed or half there on a slow file system: as if it said nothing this time.
             continue
@@ -102,9 +102,9 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def _parsed(text: str) -> Beat:
-    """The beat of one file. Raises ValueError or TypeError where it is none."""
-    beat = Beat(**json.loads(text))
+def parse_beat(fields: dict[str, Any]) -> Beat:
+    """The beat that a file holds. Raises TypeError where it is none."""
+    beat = Beat(**fields)
     for field in dataclasses.fields(Beat):
         if not isinstance(getattr(beat, field.name), _KINDS[str(field.type)]):
             raise TypeError(field.name)

@@ -5,40 +5,25 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TypeVar
 
 from pipeline.guards import stalls
 from pipeline.guards.heartbeat import (
+    RANKS_A_SECOND,
     Beat,
     Heart,
     beat_file,
     is_alive,
-    read_beats,
     state_of,
 )
+from pipeline.guards.lookout import DISK, Lookout, longest_look, within
 from pipeline.guards.stacks import dump_own_stack, own_place, stack_of, write_text
 
-GRACE = 5.0  # seconds in which the rank that speaks has spoken
-DISK = 10.0  # seconds in which the run folder answers, if it answers at all
+GRACE = 5.0  # seconds in which the rank that speaks has spoken, of a few
 PAUSE = 10  # intervals without a look in which the whole process must have been stopped
 FAULT = 1  # the exit code: another start may succeed
-T = TypeVar("T")
-
-
-def within(seconds: float, work: Callable[[], T], default: T) -> T:
-    """What `work` gives; `default` where it takes longer: the disk may be what everyone waits for.
-
-    The thread that does it is left alone then.
-    """
-    done: list[T] = []
-    thread = threading.Thread(target=lambda: done.append(work()), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return done[0] if done else default
 
 
 class Watchdog:
@@ -56,6 +41,7 @@ class Watchdog:
     ) -> None:
         """`stall_timeout` in seconds, 0 watches nothing; `name_lost` asks over the network."""
         self._heart = heart
+        self._lookout = Lookout(heart)
         self._name_lost = name_lost
         self._timeout = stall_timeout
         self._first: list[Beat] | None = None
@@ -87,7 +73,8 @@ class Watchdog:
             beats = self._beats()
             seen = stalls.compare(self._first, beats)
             # Where this rank's own beats do not arrive, neither may those of ranks that live.
-            found = stalls.culprits(seen) if heart.is_heard else []
+            is_known = heart.is_heard and not self._is_blind(seen)
+            found = stalls.culprits(seen) if is_known else []
             if found and all(self._may_take_longer(one) for one in found):
                 self._first, self._again = beats, now + limit / 4
             else:
@@ -105,11 +92,21 @@ class Watchdog:
         return beat.time - beat.since < allowed
 
     def _beats(self) -> list[Beat]:
-        heart, folder = self._heart, self._heart.folder
-        nothing: list[Beat] = []
-        read = nothing if folder is None else within(DISK, lambda: read_beats(folder), nothing)
-        others = [b for b in read if b.launch == heart.launch and b.rank != heart.rank]
-        return sorted([*others, heart.current()], key=lambda beat: beat.rank)
+        """The last that all ranks said; its own alone where others cannot be read."""
+        others = self._lookout.others()
+        return sorted([*others, self._heart.current()], key=lambda beat: beat.rank)
+
+    def _is_blind(self, seen: Sequence[stalls.Seen]) -> bool:
+        """Whether it sees no other rank where there are some."""
+        return len(seen) == 1 < self._heart.world_size
+
+    @property
+    def _grace(self) -> float:
+        """Seconds in which the rank that speaks has looked, and spoken."""
+        heart = self._heart
+        if heart.world_size <= RANKS_A_SECOND:
+            return GRACE
+        return GRACE + 2 * heart.interval + longest_look(heart.world_size)
 
     def _end(self, stood: float, seen: Sequence[stalls.Seen], found: Sequence[stalls.Seen]) -> None:
         try:
@@ -127,18 +124,25 @@ class Watchdog:
         heart, folder = self._heart, self._heart.folder
         assert folder is not None
         within(DISK, lambda: dump_own_stack(beat_file(folder, heart.rank, "stack")), None)
+        if heart.rank and self._is_blind(seen):
+            # Neither may the others see anybody: rank 0 tells it for all.
+            time.sleep(self._grace)
         if stalls.speaker(seen, found) == heart.rank:
             remarks = [self._remark(one.beat) for one in found]
             told = stalls.sentence(found, seen, stood, remarks)
             elsewhere = any(is_alive(one.beat) is None for one in found)
-            if (elsewhere or not found) and (lost := self._name_lost()[0]):
+            # Who is behind may have waited there for what was sent, and never came.
+            waits = all(one.beat.waits and not one.is_silent for one in found)
+            if (elsewhere or waits) and (lost := self._name_lost()[0]):
                 # Their beats may still arrive, by a run folder that all reach.
                 told = f"{lost}; all have waited for {stood:.0f} s"
-            if not heart.is_heard:
-                beat = heart.current()
+            if not heart.is_heard or self._is_blind(seen):
+                beat, how = heart.current(), "read; see to the disk of"
+                if not heart.is_heard:
+                    how = "written; make room in"
                 told = (
                     f"{beat.name} has stood still for {stood:.0f} s in {beat.place}, and who is "
-                    f"behind is not known: heartbeats cannot be written; make room in {folder}"
+                    f"behind is not known: heartbeats cannot be {how} {folder}"
                 )
             print(
                 f"error: {told}; stacks are in {folder}; the same command goes on from the last "
@@ -151,7 +155,7 @@ class Watchdog:
             for one in found:
                 self._keep_stack(one)
         else:
-            time.sleep(GRACE)
+            time.sleep(self._grace)
         for one in found:
             # Its launcher would wait half a minute for it to answer a SIGTERM.
             if one.is_silent and one.beat.rank != heart.rank and is_alive(one.beat):

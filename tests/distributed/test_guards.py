@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import socket
+import struct
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pipeline.guards.heartbeat import read_beats
@@ -57,7 +61,28 @@ def freeze() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def cut_links() -> None:
+    """What arrives at this process's connections is dropped, unanswered, as where a cable is cut.
+
+    By a kernel's filter that lets no byte of any packet through; there are no new ones either.
+    """
+    from pipeline import rendezvous
+
+    def unreachable(*_: Any) -> Any:
+        raise TimeoutError
+
+    program = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # return 0
+    code = struct.pack("HP", 1, ctypes.addressof(program))
+    for link in psutil.Process().net_connections("tcp"):
+        if link.status in ("ESTABLISHED", "LISTEN"):
+            with socket.socket(fileno=os.dup(link.fd)) as handle:
+                handle.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, code)
+    rendezvous.socket.create_connection = unreachable
+
+
+SO_ATTACH_FILTER = 26  # of Linux
 HARMS = {
+    "cut": cut_links,
     "freeze": freeze,
     "die": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "sleep": lambda: time.sleep(600),
@@ -105,6 +130,26 @@ def test_a_rank_that_stalls_or_dies_ends_all_and_is_named(
     # Most of it is the start; collectives alone would have waited for ten minutes.
     assert time.monotonic() - started < 100
     assert not (run / "FINISHED").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a filter of Linux's sockets")
+@pytest.mark.soak
+def test_a_cut_link_ends_all_in_time_and_who_is_cut_off_is_named(
+    shards_dir: Path, tmp_path: Path
+) -> None:
+    """Both ranks live and beat into one folder, and nothing says that the connections are gone."""
+    run = tmp_path / "run"
+    asked = words(flags(run, shards_dir, stall_timeout=4, steps=1000))
+    started = time.monotonic()
+    with pytest.raises(AssertionError):
+        run_ranks(disturbed, 2, asked, "cut", "forward", 1, 2)
+    assert time.monotonic() - started < 60
+    host = socket.gethostname()
+    told = [beat.error for beat in read_beats(run / "heartbeat") if beat.error]
+    one, other = f"{host} (rank 0)", f"{host} (rank 1)"
+    cut = (f"{one} no longer answers {other}: ", f"{other} no longer answers {one}: ")
+    assert told
+    assert all(any(part in line for part in cut) for line in told)
 
 
 @pytest.mark.soak

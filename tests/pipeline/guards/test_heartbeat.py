@@ -21,7 +21,7 @@ from pipeline.guards.heartbeat import (
     newest_launch,
     read_beats,
 )
-from pipeline.guards.watchdog import within
+from pipeline.guards.lookout import within
 from pipeline.options import Fault
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline.guards import watchdog
+from pipeline.guards import lookout, watchdog
 from pipeline.guards.heartbeat import Heart, beat_file
 from pipeline.guards.watchdog import Watchdog
 
@@ -127,6 +127,19 @@ def test_on_a_full_disk_nobody_is_blamed_for_silence(
     assert "heartbeats cannot be written; make room in" in told
     assert "no sign of life" not in told
     assert killed == []
+
+
+def test_a_rank_that_sees_no_other_blames_nobody(
+    heart: Heart, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder of a thousand files may not be read in time."""
+    dog = looked_twice(heart)
+    monkeypatch.setattr(lookout, "read_beats", lambda _: [])
+    with pytest.raises(Ended):
+        dog.look()
+    told = capsys.readouterr().err
+    assert "who is behind is not known: heartbeats cannot be read; see to the disk of" in told
+    assert "stands still" not in told
 
 
 def full(*_: object) -> None:
