@@ -67,7 +67,8 @@ def _waited_for(
     if first:
         time.sleep(max(0.0, 2.5 * heart.interval - (time.monotonic() - started)))
     later = lookout.others()
-    if gone := [beat for beat in later if _is_gone(beat)]:
+    gone = [beat for beat in later if _is_gone(beat)]
+    if gone and not told:
         return Fault(lost_sentence(gone), told_by=speaker(gone, heart.world_size))
     # It waited until the error came; whether GPUs wait does not show on any rank.
     own = dataclasses.replace(heart.current(), waits="nccl" not in str(error).lower())
@@ -77,8 +78,8 @@ def _waited_for(
         found = []
     elsewhere = any(is_alive(one.beat) is None for one in found)
     waits = all(one.beat.waits and not one.is_silent for one in found)
-    if told and (elsewhere or waits):
-        # Beats may still arrive, in a folder that all reach.
+    if told and (gone or elsewhere or waits):
+        # Beats may still arrive, in a folder that all reach; the other side tells of this one.
         return Fault(f"{told} ({str(error).splitlines()[0][-120:]}); {GO_ON}", told_by=teller)
     if not found:
         return None

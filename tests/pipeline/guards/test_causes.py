@@ -133,3 +133,14 @@ def test_a_host_elsewhere_that_is_cut_off_is_not_said_to_be_slow(
     beats()
     monkeypatch.setattr(causes.time, "sleep", beats)
     assert str(cause_of(TIMED_OUT, heart, lambda: (LOST, 0))).startswith(LOST)
+
+
+def test_two_sides_of_a_cut_link_tell_of_each_other(heart: Heart) -> None:
+    """Not of what the other said, which gave up a moment before."""
+    other(heart, 1.0)
+
+    def cut() -> tuple[str, int]:
+        other(heart, 2.0, phase="failed", error="n0 (rank 0) no longer answers n1 (rank 1)")
+        return LOST, 0
+
+    assert str(cause_of(TIMED_OUT, heart, cut)).startswith(LOST)
