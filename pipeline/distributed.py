@@ -135,6 +135,8 @@ def _quieten() -> None:
     logger.setLevel(logging.WARNING)
     logger.addFilter(_is_no_noise)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # A page for each that a compiled model calls; ours are pure functions.
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
 
 
 def _say_nothing(message: str, force: bool = False) -> None:

@@ -27,8 +27,11 @@ def test_noise_is_dropped_and_warnings_are_kept(capsys: pytest.CaptureFixture[st
     listener = Listener()
     logger.addHandler(listener)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
             distributed._quieten()
+            warnings.warn("Dynamo detected a call to a `functools.lru_cache`-wrapped", stacklevel=1)
+            warnings.warn("Dynamo detected something else", stacklevel=1)
         logger.info("Creating an optimizer")
         logger.warning("**** You are using ZeRO with an untested optimizer, proceed with caution")
         logger.warning("%s is not what it was", "the loss scale")
@@ -39,6 +42,7 @@ def test_noise_is_dropped_and_warnings_are_kept(capsys: pytest.CaptureFixture[st
         logger.setLevel(before[0])
         logger.filters[:] = before[1]
         bf16_optimizer.see_memory_usage = before[2]
+    assert [str(each.message) for each in warned] == ["Dynamo detected something else"]
     assert heard == ["the loss scale is not what it was", "rank 3 is gone"]
     assert "optimizer" not in capsys.readouterr().out
 
