@@ -43,6 +43,7 @@ def run_stage(stage: Stage) -> None:
         plan = check_run(stage, argv)
         if main_rank and not plan.folder.is_finished:
             plan.folder.lock()
+            plan.folder.stop_file.unlink(missing_ok=True)  # meant an earlier attempt
         return plan
 
     preflight = Preflight(locked_plan)
@@ -198,6 +199,7 @@ def _train(stage: Stage, preflight: Preflight, guards: Guards) -> None:
         start=start if found is None else None,
     )
     guards.on_orphaned(trainer.leave_as_orphan)
+    guards.on_asked(trainer.ask_stop)
     with contextlib.closing(source) if config.prefetch else contextlib.nullcontext():
         finished = trainer.run()
     if problem := distributed.same_everywhere(folder.write_held() if world.is_main else ""):

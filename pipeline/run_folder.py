@@ -50,6 +50,11 @@ class RunFolder:
         return self.path / "FINISHED"
 
     @property
+    def stop_file(self) -> Path:
+        """Its presence asks the run, on whichever hosts it is, to save and leave."""
+        return self.path / "STOP"
+
+    @property
     def is_finished(self) -> bool:
         """Whether the run reached its last step and its last evaluation."""
         return self.finished_file.exists()

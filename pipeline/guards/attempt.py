@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from pipeline.config import RunConfig
@@ -40,8 +40,11 @@ class Guards:
         self._folder = folder
         self._launcher = Launcher()
         self._vote: Callable[[], None] | None = None
+        self._stop: Callable[[], None] | None = None
         self._is_orphan = False
         self.heart.watch(self._look_for_launcher)
+        if self.heart.rank == 0:
+            self.heart.after_writing(self._look_for_wish)
         self.heart.watch(Watchdog(self.heart, config.stall_timeout, self.name_lost).look)
 
     def name_lost(self) -> tuple[str, int]:
@@ -59,6 +62,10 @@ class Guards:
         """From now on there is something to save: `vote` for it when the launcher is gone."""
         self._vote = vote
 
+    def on_asked(self, stop: Callable[[], None]) -> None:
+        """From now on, `stop` where the run folder's file asks for it."""
+        self._stop = stop
+
     def explain(self, error: Exception, config: RunConfig) -> UserError | None:
         """One line in the place of a traceback, where the cause is known."""
         if is_out_of_memory(error):
@@ -69,6 +76,13 @@ class Guards:
             kind = OutOfMemory if heart.is_first_step else Fault
             return kind(f"{beat.name}: {told}", told_by=heart.rank)
         return cause_of(error, self.heart, self.name_lost)
+
+    def _look_for_wish(self) -> None:
+        # A disk that does not answer is the heartbeat's own matter.
+        with suppress(OSError):
+            if self._stop is not None and self._folder.stop_file.exists():
+                self._folder.stop_file.unlink()
+                self._stop()
 
     def _look_for_launcher(self) -> None:
         if self._is_orphan or not self._launcher.is_gone():

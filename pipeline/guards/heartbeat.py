@@ -175,6 +175,7 @@ class Heart:
         self._now = _Now("start", 0, 0, time.monotonic())
         self._steps_begun = 0
         self._watchers: list[Callable[[], None]] = []
+        self._beside: list[Callable[[], None]] = []
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
         self._writing = threading.Lock()
@@ -208,6 +209,10 @@ class Heart:
     def watch(self, look: Callable[[], None]) -> None:
         """Call `look` once a beat, in a thread of its own: writing may hang with its disk."""
         self._watchers.append(look)
+
+    def after_writing(self, work: Callable[[], None]) -> None:
+        """Call `work` after each beat that was written, in the thread that waits for the disk."""
+        self._beside.append(work)
 
     def start(self) -> None:
         """Begin to beat; what `watch` was given is called from now on."""
@@ -275,6 +280,8 @@ class Heart:
     def _write_on(self) -> None:
         while not self._stopped.wait(self.interval):
             self.write()
+            for work in self._beside:
+                work()
 
     def _look_on(self) -> None:
         while not self._stopped.wait(self.interval):

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from pipeline.checkpointing.folder import list_steps
 from pipeline.guards.heartbeat import read_beats
 from tests.distributed.entry import flags
 from tests.distributed.harness import run_ranks
@@ -170,3 +171,36 @@ def test_where_the_collective_gives_up_first_the_late_rank_is_named_all_the_same
     beats = read_beats(run / "heartbeat")
     assert beats[0].error.startswith(f"rank 1 (host {beats[1].host}, pid {beats[1].pid}) ")
     assert told.format("save") in beats[0].error
+
+
+def asked_by_a_file(argv: list[str], folder: Path) -> object:
+    """Train until the file STOP, left in step 5, stops it; the exit code."""
+    from pipeline import pretrain, trainer
+    from pipeline.assemble import run_stage
+
+    original = trainer.Heart.begin_step
+
+    def begin_step(self: trainer.Heart, step: int, name: str) -> None:
+        original(self, step, name)
+        if (self.rank, step) == (1, 5):
+            (folder / "STOP").touch()
+
+    trainer.Heart.begin_step = begin_step  # type: ignore[method-assign]
+    sys.argv = ["pipeline/pretrain.py", *argv]
+    try:
+        run_stage(pretrain.STAGE)
+    except SystemExit as end:
+        return end.code
+    return None
+
+
+@pytest.mark.soak
+def test_a_file_in_its_folder_stops_a_run_after_a_save(shards_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "STOP").touch()  # of an earlier attempt
+    asked = words(flags(run, shards_dir, steps=100_000))
+    assert run_ranks(asked_by_a_file, 2, asked, run) == [130, 130]
+    assert not (run / "STOP").exists()
+    assert not (run / "FINISHED").exists()
+    assert list_steps(run / "checkpoints")[0] >= 5

@@ -192,7 +192,7 @@ def test_isoflop_stop_and_a_second_supervisor_find_the_first(
     assert (run / "saved").exists()
     with pytest.raises(SystemExit):
         dispatch(["stop", str(run)])
-    assert "none of its ranks is on this host" in capfd.readouterr().err
+    assert "none of its ranks is at work" in capfd.readouterr().err
 
 
 def test_a_run_that_was_never_begun_leaves_no_folder(run: Path) -> None:
