@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if sys.path and Path(sys.path[0] or ".").resolve() == Path(__file__).resolve().parent:
     # A script's own folder comes first on the path, where `evaluate` would hide a package's.
@@ -17,10 +18,15 @@ from pipeline.config import RunConfig
 from pipeline.config_file import load_with_file
 from pipeline.data.manifest import check_folder
 from pipeline.deepspeed_file import read_deepspeed_file
+from pipeline.network import spans_hosts
 from pipeline.options import UserError, help_text, load, option
 from pipeline.plan import Stage, resolve_model
+from pipeline.preflight import REFUSED_START_TIMEOUT, agree_without_plan
 from pipeline.program import run_as_program
 from pipeline.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from pipeline.rendezvous import Meeting
 
 PROGRAM = "pipeline/evaluate.py"
 STAGES = {"pretrain": pretrain.STAGE, "finetune": finetune.STAGE}
@@ -59,16 +65,43 @@ def resolve(asked: EvaluateConfig) -> tuple[RunFolder, Stage, RunConfig, str]:
     return folder, STAGES[stored["stage"]], config, suffix
 
 
+def _resolve_with_others(
+    asked: EvaluateConfig,
+) -> tuple[tuple[RunFolder, Stage, RunConfig, str], Meeting | None]:
+    """As `resolve`; what one rank cannot do or has otherwise ends all, in one line.
+
+    And the ranks' meeting, which lasts as long as they have something to do with each other.
+    Raises UserError.
+    """
+    problem, resolved, same, seconds = None, None, {}, REFUSED_START_TIMEOUT
+    try:
+        resolved = resolve(asked)
+        folder, _, config, _ = resolved
+        seconds = config.start_timeout
+        data = check_folder(config.data_folder)
+        same = {"data": data.fingerprint, "tokenizer": data.tokenizer.sha256}
+        same["ds_config"] = json.dumps(read_deepspeed_file(config.ds_config), sort_keys=True)
+        same["eval_sequences"] = str(config.eval_sequences)
+        if os.environ.get("RANK", "0") == "0":
+            # Its records are written by one process at a time.
+            folder.lock()
+    except UserError as error:
+        if not spans_hosts(os.environ):
+            raise  # the others find the same
+        problem = error
+    meeting = agree_without_plan(problem, same, seconds, Path(asked.run))
+    assert resolved is not None
+    return resolved, meeting
+
+
 def main() -> None:
     """Score, print one JSON line a set, and add them to eval.jsonl."""
     if any(word in ("--help", "-h") for word in sys.argv[1:]):
         print(help_text(EvaluateConfig, f"deepspeed {PROGRAM}"))
         return
-    folder, stage, config, suffix = resolve(load_with_file(EvaluateConfig, sys.argv[1:], PROGRAM))
+    asked = load_with_file(EvaluateConfig, sys.argv[1:], PROGRAM)
+    (folder, stage, config, suffix), meeting = _resolve_with_others(asked)
     ds_settings = read_deepspeed_file(config.ds_config)
-    if os.environ.get("RANK", "0") == "0":
-        # Its records are written by one process at a time.
-        folder.lock()
     from pipeline import checkpoint, distributed
     from pipeline.assemble import make_engine
     from pipeline.data.tokenizer import load as load_tokenizer
@@ -93,6 +126,8 @@ def main() -> None:
             folder.append("eval.jsonl", record)
             print(json.dumps(record), flush=True)
     distributed.stop()
+    if meeting is not None:
+        meeting.leave()
 
 
 if __name__ == "__main__":

@@ -127,6 +127,36 @@ class Preflight:
             print(f"{self.plan.config.name}: {nodes} agree; {links}", flush=True)
 
 
+def agree_without_plan(
+    problem: UserError | None, same: Mapping[str, str], seconds: float, folder: Path
+) -> Meeting | None:
+    """Meet the launch's other ranks and compare what they have; None where there are none.
+
+    Args:
+        problem: why this rank cannot go on, or None.
+        same: what must be the same on all beside code and versions, by name.
+        seconds: in which all must have come.
+        folder: that all must see.
+
+    Raises UserError, on every rank alike where they have met.
+    """
+    from pipeline.rendezvous import meet
+
+    meeting = meet(seconds)
+    if meeting is None and problem is not None:
+        raise problem
+    if meeting is not None:
+        facts = own_facts(None, str(problem or ""))
+        may_heal = isinstance(problem, Fault)
+        facts = dataclasses.replace(facts, same={**facts.same, **same}, may_heal=may_heal)
+        try:
+            meeting.roll_call(facts, folder if folder.is_dir() else None)
+        except UserError:
+            meeting.leave()
+            raise
+    return meeting
+
+
 def own_facts(plan: Plan | None, problem: str = "", interface: str = "", device: str = "") -> Facts:
     """The facts of this process; without a plan, those that a refused run has too."""
     same = {"code": code_digest(), **recorded_versions()}

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.entry import flags
+from tests.distributed.entry import flags, records, run_entry
 from tests.distributed.harness import run_ranks
 from tools.cli import dispatch
 
@@ -20,9 +20,9 @@ pytestmark = pytest.mark.distributed
 Changes = dict[int, dict[str, Any]]
 
 
-def _start(asked: dict[str, Any], changes: Changes) -> tuple[str, str]:
-    """A run with one rank on each node; how it ended, and with what line."""
-    from pipeline import network, preflight, pretrain, rendezvous
+def _start(asked: dict[str, Any], changes: Changes, entry: str = "pretrain") -> tuple[str, str]:
+    """A program with one rank on each node; how it ended, and with what line."""
+    from pipeline import evaluate, network, preflight, pretrain, rendezvous
     from pipeline.assemble import run_stage
     from pipeline.options import UserError
 
@@ -45,9 +45,12 @@ def _start(asked: dict[str, Any], changes: Changes) -> tuple[str, str]:
     if mine.get("late"):
         time.sleep(mine["late"])
     own = {**asked, **mine.get("flags", {})}
-    sys.argv = ["pipeline/pretrain.py", *[f"--{key}={value}" for key, value in own.items()]]
+    sys.argv = [f"pipeline/{entry}.py", *[f"--{key}={value}" for key, value in own.items()]]
     try:
-        run_stage(pretrain.STAGE)
+        if entry == "evaluate":
+            evaluate.main()
+        else:
+            run_stage(pretrain.STAGE)
     except UserError as error:
         return f"{type(error).__name__} {error.exit_code}", str(error)
     return "trained", ""
@@ -121,6 +124,25 @@ def test_a_node_with_other_data_under_the_same_name_is_named(
         assert line.endswith("; bring the same folder to every node")
         assert ", n0 (rank 0), n1 (rank 1) have " in line
     assert not (run / "metrics.jsonl").exists()
+
+
+@pytest.mark.soak
+def test_nodes_that_score_a_run_agree_first(shards_dir: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_entry("pretrain", 1, flags(run, shards_dir, steps=1))
+    asked = {"run": run, "eval_sequences": 4, "threads": 1}
+    before = len(records(run, "eval.jsonl"))
+    for change, part in [
+        ({"flags": {"data": "/nowhere"}}, "n1 (rank 1): data='/nowhere': no manifest"),
+        ({"code": "4"}, "code: n1 (rank 1) has "),
+        ({"flags": {"eval_sequences": 5}}, "eval_sequences: n1 (rank 1) has 5, n0 (rank 0) has 4"),
+    ]:
+        for kind, line in run_ranks(_start, 2, asked, {1: change}, "evaluate"):
+            assert kind == "AgreedError 2"
+            assert part in line
+    assert len(records(run, "eval.jsonl")) == before
+    assert run_ranks(_start, 2, asked, {}, "evaluate") == [("trained", "")] * 2
+    assert len(records(run, "eval.jsonl")) == before + 1
 
 
 @pytest.mark.soak
