@@ -163,6 +163,8 @@ def _train(stage: Stage, preflight: Preflight, guards: Guards) -> None:
             if completed:
                 how += f": its checkpoint of step {max(completed)} is gone"
         elif before:
+            # What a kill has left of a first save is removed next, and tells no later start of it.
+            folder.append("checkpoints.jsonl", {"event": "started_over", "attempt": before + 1})
             how = "was stopped before its first checkpoint and starts over"
         print(
             f"{config.name}: {how}; {config.arch} {config.size}, "

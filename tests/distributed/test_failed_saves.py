@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.run_folder import RunFolder
 from tests.distributed.entry import argv, flags, records, run_entry, train
 from tests.distributed.harness import run_ranks
 
@@ -173,3 +174,36 @@ def test_a_kill_in_the_middle_of_a_file_loses_only_that_checkpoint(
     assert {step: again[step] for step in known} == known != {}
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert names == ["BEST.json", "step_4", "step_6"]
+
+
+def killed_in_step(words: list[str], step: int) -> None:
+    """Train with a disk that does not answer; SIGKILL in `step`."""
+    import time
+
+    from pipeline import trainer
+    from pipeline.checkpointing import writer
+
+    plain = trainer.Trainer._train_step
+
+    def train_step(self: trainer.Trainer) -> Any:
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self)
+
+    trainer.Trainer._train_step = train_step  # type: ignore[method-assign]
+    writer.write_tensors = lambda *_: time.sleep(60)  # type: ignore[assignment,return-value]
+    train(words)
+
+
+def test_kills_before_the_first_checkpoint_is_whole_start_over_each_time(
+    shards_dir: Path, tmp_path: Path
+) -> None:
+    """The second comes when what was left of the first save is gone and no step is made yet."""
+    run = tmp_path / "run"
+    asked = flags(run, shards_dir, checkpoint_every=2)
+    for step in (3, 0):
+        with pytest.raises(AssertionError, match="ended without an answer"):
+            run_ranks(killed_in_step, 1, argv(asked), step)
+    assert list((run / "checkpoints").iterdir()) == []
+    # Which would be raised at the next start.
+    RunFolder(run).refuse_lost_checkpoints({})
