@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from pipeline.options import UserError, option
 
@@ -109,7 +110,10 @@ def folder_findings(place: Place, manifest: Manifest) -> Iterator[tuple[str, str
         if name not in known:
             yield name, "is not in the manifest; remove it"
     rows = sum(item.rows for item in manifest.inputs)
-    rejects = sum(sum(item.rejects.values()) for item in manifest.inputs)
+    rejected = Counter(
+        {(item.path, why): n for item in manifest.inputs for why, n in item.rejects.items()}
+    )
+    rejects = rejected.total()
     used = sum(item.documents for item in manifest.inputs)
     stored = sum(shard.documents for shard in manifest.shards)
     if rows != used + rejects:
@@ -117,14 +121,30 @@ def folder_findings(place: Place, manifest: Manifest) -> Iterator[tuple[str, str
     if manifest.inputs and used != stored:
         yield FILE_NAME, f"{used} rows were used, {stored} documents are in shards"
     try:
-        lines = place.read(_REJECTS, lambda file, size: sum(1 for _ in file))
+        listed = place.read(_REJECTS, lambda file, size: _listed(file))
     except FileNotFoundError:
         return
     except OSError as error:
         yield _REJECTS, f"cannot be read ({error.strerror})"
         return
-    if lines != rejects:
-        yield _REJECTS, f"{lines} lines, the manifest counts {rejects} rejected rows"
+    if listed.total() != rejects:
+        yield _REJECTS, f"{listed.total()} lines, the manifest counts {rejects} rejected rows"
+    elif (other := listed - rejected).total():
+        (name, why), count = other.most_common(1)[0]
+        told = f"lists {listed[name, why]} rows of {name!r} as {why!r}"
+        yield _REJECTS, f"{told}, the manifest counts {rejected[name, why]}"
+
+
+def _listed(file: IO[bytes]) -> Counter[tuple[str, str]]:
+    """Rejected rows by file and reason; a line that says neither counts as what it is."""
+    found: Counter[tuple[str, str]] = Counter()
+    for line in file:
+        try:
+            row = json.loads(line)
+            found[str(row["file"]), str(row["reason"])] += isinstance(row["offset"], int)
+        except (ValueError, KeyError, TypeError):
+            found["", line[:80].decode(errors="replace").rstrip()] += 1
+    return found
 
 
 def _tokenizer_findings(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import socket
 import threading
 import time
 from collections import deque
@@ -25,6 +27,7 @@ from tools.corpus_step import TaskStep
 _WATCH_SECONDS = 0.5
 _WAIT_SECONDS = 10.0
 _RETRIES = 3  # of a task whose process died
+_CONNECT_SECONDS = 10.0
 _STILL_SECONDS = 2.5  # who runs tells so about once a second
 _ORPHAN_SECONDS = 60.0
 
@@ -83,17 +86,21 @@ def run_on_ray(step: TaskStep, workers: int, address: str, watch: Callable[[], N
     root = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
     try:
+        _refuse_silence(address)
         ray.init(
             address=address,
             log_to_driver=False,
             logging_level="ERROR",
             runtime_env={"env_vars": {"PYTHONPATH": path}},
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
             f"ray_address={address!r}: no Ray cluster there ({' '.join(str(error).split())[:160]})"
             "; start one (ray start --head), or give local"
         ) from None
+    if threading.current_thread() is threading.main_thread():
+        # Ray's own handler tells of a crash.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     executor = _TaskExecutor(
         [step],
         tasks=len(step.tasks),
@@ -130,6 +137,19 @@ def _ray() -> Any:
             "engine='ray': Ray is not installed; pip install 'isoflop[cluster]'"
         ) from None
     return ray
+
+
+def _refuse_silence(address: str) -> None:
+    """Raise OSError where nobody listens: Ray itself goes on trying for many minutes."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    if address == "local":
+        return
+    # What `auto` stands for may be a cluster that is no more.
+    place = canonicalize_bootstrap_address(address.removeprefix("ray://"))
+    if place is not None:
+        host, _, port = place.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
 
 
 def _lost(told: str) -> UserError:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -66,14 +67,17 @@ def run(options: Options) -> None:
     from pipeline.atomic import make_folder, put_into_place, write_atomically
     from pipeline.data.manifest import TOKENIZER_NAME, write_manifest
     from pipeline.data.tokenizer import load
-    from tools.corpus import find_inputs
+    from tools.corpus import find_inputs, told_once
 
     output = Path(options.output)
     tokenizer = load(options.tokenizer)
     files = {"train": find_inputs(options.input, exclude=output)}
+    if again := told_once(files["train"]):
+        print(f"flan: {again}", file=sys.stderr)
     if options.validation_input:
         held_out = find_inputs(options.validation_input, "validation_input", exclude=output)
         files["heldout"] = held_out
+        refuse_both(files["train"], held_out)
     plan = plan_of(options, tokenizer, files)
     if check_existing(output, plan):
         print(f"flan: {output} is complete")
@@ -114,6 +118,18 @@ def plan_of(
         "inputs": probes,
         "tokenizer": tokenizer.sha256,
     }
+
+
+def refuse_both(train: list[InputFile], held_out: list[InputFile]) -> None:
+    """Raise UserError for a file that is given for training and held out as well."""
+    ours = {(file.path.stat().st_dev, file.path.stat().st_ino): file for file in train}
+    for file in held_out:
+        status = file.path.stat()
+        if (other := ours.get((status.st_dev, status.st_ino))) is not None:
+            raise UserError(
+                f"validation_input={str(file.path)!r}: is among the training rows as well, as "
+                f"{other.path}; leave it out there"
+            )
 
 
 def check_existing(output: Path, plan: dict[str, Any]) -> bool:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import pytest
 
+from pipeline.network import free_port
 from tests.soak.ray_cluster import ray_cluster
 from tests.soak.slurm_cluster import slurm_cluster
 from tests.tools.tokenising import arguments, content, make_corpus, make_model, run_here, start
@@ -124,6 +125,15 @@ def test_the_same_command_waits_for_what_was_submitted(
     assert "is still at work" in told
     assert "submitted" not in told
     assert content(tmp_path / "out") == shards
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra cluster: ray")
+def test_an_address_where_nobody_listens_is_refused_at_once(corpus, model, tmp_path):
+    for address in (f"127.0.0.1:{free_port()}", f"ray://127.0.0.1:{free_port()}", "no address"):
+        given = arguments(corpus, model, tmp_path / "out", engine="ray", ray_address=address)
+        code, told = ended(start(given), seconds=60)
+        assert code == 2
+        assert f"error: ray_address='{address}': no Ray cluster there" in told
 
 
 def at_work(output):

@@ -14,6 +14,7 @@ import pytest
 from pipeline.data.manifest import Manifest, read_manifest, write_manifest
 from pipeline.data.shards import ShardWriter, token_layout
 from pipeline.options import UserError
+from tests.tools.tokenising import make_corpus, make_model, run_here
 from tools.audit import Options, audit
 from tools.cli import dispatch
 
@@ -125,6 +126,28 @@ def test_two_shards_that_changed_places_are_found(tokens: Path) -> None:
     (tokens / second.path).write_bytes(one)
     found = findings(tokens)
     assert {line.partition(":")[0] for line in found} == {first.path, second.path}
+
+
+def test_a_list_of_rejected_rows_that_is_not_the_manifests_is_found(tmp_path: Path) -> None:
+    corpus = make_corpus(tmp_path / "corpus", 60)
+    model = make_model(corpus, tmp_path / "spm.model")
+    tokens = run_here(corpus, model, tmp_path / "tokens", task_bytes=10**6)
+    path = tokens / "rejects.jsonl"
+    content = path.read_bytes()
+    rows = content.splitlines(keepends=True)
+    row = json.loads(rows[0])
+    other = json.dumps({**row, "reason": "of no kind"}).encode() + b"\n"
+    garbled = rows[0].replace(b'"offset"', b'"off\xffet"')
+    for changed, told in [
+        (other, f"lists 1 rows of {row['file']!r} as 'of no kind', the manifest counts 0"),
+        (garbled, "lists 1 rows of '' as"),
+        (b"", f"{len(rows) - 1} lines, the manifest counts {len(rows)} rejected rows"),
+    ]:
+        path.write_bytes(content.replace(rows[0], changed, 1))
+        (finding,) = findings(tokens)
+        assert finding.startswith(f"rejects.jsonl: {told}")
+    path.write_bytes(content)
+    assert findings(tokens) == []
 
 
 def retrained(folder: Path, corpus_dir: Path) -> Path:

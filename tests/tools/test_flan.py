@@ -179,3 +179,13 @@ def test_shards_of_two_sources_that_traded_places_are_never_read(tmp_path, model
     (tmp_path / "held").rename(second)
     with pytest.raises(UserError, match="the file is another shard's"):
         FlanStore(out, "train").read(0)
+
+
+def test_a_file_that_is_held_out_is_not_trained_on(tmp_path, model, capsys):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(row(i) for i in range(9)))
+    (tmp_path / "again.jsonl").hardlink_to(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=r"validation_input='.*a.*jsonl': is among the training"):
+        run(tmp_path, model, validation_input=(f"{tmp_path}/again.jsonl",))
+    assert "1 more name of files that are read once" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
