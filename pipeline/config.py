@@ -214,7 +214,7 @@ class RunConfig:
     stall_timeout: float = option(
         "seconds that a rank may stay in one phase of a step before the run ends and names it (0: "
         "no limit); six times that, and at least a minute, for the start, a save, an evaluation "
-        "and a first step; give less than collective_timeout, which names nobody",
+        "and a first step; give less than collective_timeout, which knows less of them",
         300.0,
         minimum=0.0,
     )
