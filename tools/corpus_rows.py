@@ -87,7 +87,8 @@ def parse_row(line: bytes, offset: int) -> Row | Reject:
     except orjson.JSONDecodeError:
         try:
             # Lone surrogates (as \uD83D alone) and NaN, which RedPajama's writers let through.
-            fields = json.loads(line.decode())
+            # What some editors put before a file's first row is none of it.
+            fields = json.loads(line.decode("utf-8" if offset else "utf-8-sig"))
         except (ValueError, RecursionError):
             return Reject(offset, "bad JSON")
     if not isinstance(fields, dict):

@@ -161,6 +161,12 @@ def test_rows_of_too_many_values_are_told_by_what_stands_outside_of_texts(
         assert found == Row(json.loads(line), 7)
 
 
+def test_a_byte_order_mark_costs_no_row():
+    line = '{"text": "words"}'.encode("utf-8-sig")
+    assert parse_row(line, 0) == Row({"text": "words"}, 0)
+    assert parse_row(line, 9) == Reject(9, "bad JSON")
+
+
 def test_a_long_text_may_hold_any_number_of_commas():
     text = ",[{" * corpus_rows.MAX_VALUES
     assert parse_row(json.dumps({"text": text}).encode(), 0) == Row({"text": text}, 0)
