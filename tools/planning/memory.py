@@ -14,7 +14,7 @@ from models.head_rows import head_bytes, nll_bytes
 from models.kept import Amount, Round, Segment
 from tools.planning.disk import checkpoint_bytes
 from tools.planning.gathering import HEAD, LAST, gathered, gathered_by_evaluation
-from tools.planning.request import Request
+from tools.planning.request import Parameter, Request
 from tools.planning.states import (
     ALL_REDUCE_ELEMENTS,
     BUCKET,
@@ -215,14 +215,30 @@ def _reducing(request: Request) -> int:
 
 
 def _muon_buffers(request: Request) -> int:
-    """At stage 3 a gradient and its momentum are gathered whole to be orthogonalised, in buffers
-    that DeepSpeed keeps while they are few: room for the largest matrix's."""
+    """At stage 3 gradients and their momentum are gathered whole to be orthogonalised, a few
+    matrices at a time, in buffers of which DeepSpeed keeps one a length, as its limit allows."""
+    kept = 0
+    for size in sorted(set(_muon_batches(request)), reverse=True):
+        if kept + 4 * size * (request.ranks + 1) <= MUON_BUFFERS:
+            kept += 4 * size * (request.ranks + 1)
+    return kept
+
+
+def _muon_batches(request: Request) -> list[int]:
+    """A rank's elements of the matrices that are gathered together."""
     if request.optimizer != "muon" or request.stage != 3 or request.ranks == 1:
-        return 0
-    hidden = [p for group in groups(request) if group.kind == "muon" for p in group.members]
-    largest = max((p.numel for p in hidden), default=0)
-    slices = -(-largest // request.ranks)
-    return min(MUON_BUFFERS, 8 * slices * (request.ranks + 1))
+        return []
+    most = request.setting("reduce_bucket_size", BUCKET)
+    batches: list[list[Parameter]] = []
+    for group in (part for part, _ in flat_sizes(request) if part.kind == "muon"):
+        batch: list[Parameter] = []
+        for parameter in group.members:
+            if batch and sum(p.numel for p in batch) + parameter.numel > most:
+                batches.append(batch)
+                batch = []
+            batch.append(parameter)
+        batches.append(batch)
+    return [sum(-(-p.numel // request.ranks) for p in batch) for batch in batches]
 
 
 def _step(request: Request, held: States) -> dict[str, int]:

@@ -65,6 +65,8 @@ def groups(request: Request) -> list[Group]:
     if request.optimizer == "muon":
         matrices = [p for p in request.parameters if len(p.shape) > 1]
         hidden = [p for p in matrices if "embedding." not in p.name]
+        # DeepSpeed's optimizer sorts them.
+        hidden.sort(key=lambda p: p.shape, reverse=True)
         embeddings = [p for p in matrices if "embedding." in p.name]
         vectors = [p for p in request.parameters if len(p.shape) == 1]
         parted = [("muon", hidden), ("adam", embeddings), ("adam", vectors)]
@@ -165,7 +167,7 @@ def _moments(request: Request, group: Group, size: int) -> int:
     if group.kind == "adam":
         return 8 * size
     if group.kind == "muon":
-        return 4 * (_whole_matrices(request, group) if request.stage in (1, 2) else size)
+        return 8 * _whole_matrices(request, group) if _keeps_whole(request) else 4 * size
     kept = 4 * size if request.momentum else 0
     most = ADAFACTOR_CPU_PIECE if request.on_cpu else ADAFACTOR_PIECE
     if group.kind == "whole":
@@ -184,6 +186,14 @@ def _block(parameter: Parameter, size: int, most: int, request: Request) -> int:
     if held <= row:
         return held
     return max(1, min(most, held) // row) * row
+
+
+def _keeps_whole(request: Request) -> bool:
+    """Whether Muon's momentum is kept of whole matrices, and twice: as it is, and as it will be if
+    the step is applied."""
+    if request.offloads_optimizer:
+        return False
+    return request.stage == 2 or (request.stage == 1 and request.precision == "fp32")
 
 
 def _whole_matrices(request: Request, group: Group) -> int:

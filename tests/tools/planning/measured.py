@@ -130,10 +130,16 @@ def measure(cases: Sequence[Case], ranks: int, timeout: float = 240) -> list[Mea
     return run_ranks(_measure_all, ranks, list(cases), ranks, False, timeout=timeout)[0]
 
 
-def pretend(cases: Sequence[Case], ranks: int, timeout: float = 240) -> list[Measured]:
+def pretend(cases: Sequence[Case], ranks: int, timeout: float = 60) -> list[Measured]:
     """Each case's engine as rank 0 of `ranks` of which there is no other; no step, and no number is
-    written: what any size allocates is told by a process of 300 MB."""
-    return run_ranks(_measure_all, 1, list(cases), ranks, True, timeout=timeout)[0]
+    written: what any size allocates is told by a process of 300 MB.
+
+    Each in a process of its own, within `timeout` seconds: DeepSpeed keeps every module that it was
+    given, and looking through them all for what can go would soon take most of the time.
+    """
+    return [
+        run_ranks(_measure_all, 1, [case], ranks, True, timeout=timeout)[0][0] for case in cases
+    ]
 
 
 def _measure_all(cases: list[Case], ranks: int, is_fake: bool) -> list[Measured]:
