@@ -102,9 +102,14 @@ class Stop:
         there = self._there()
         targets = ranks_of(self._run, self._since) if there else []
         targets = [process for process in targets if process not in self._others]
-        if not targets and not any(_is_pdsh(process) for process in there):
-            # No rank was started yet: there is nothing to save. (At a signal, a launcher over pdsh
-            # would end every process of DeepSpeed's launcher on all hosts, other runs' too.)
+        if not targets and any(_is_pdsh(process) for process in there):
+            # Its ranks are on other hosts, or an earlier attempt's on this one. (At a signal, a
+            # launcher over pdsh would end every process of DeepSpeed's launcher on all hosts, other
+            # runs' too.)
+            with contextlib.suppress(OSError):
+                RunFolder(self._run).stop_file.touch()
+        elif not targets:
+            # No rank was started yet: there is nothing to save.
             targets = there
         for process in targets:
             with contextlib.suppress(psutil.Error):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from pipeline.options import UserError
 from tests.tools.supervise.test_launch import TOLD
 from tools.cli import dispatch
 from tools.supervise.lock import only_supervisor
-from tools.supervise.processes import Stop, processes_of
+from tools.supervise.processes import Stop, mark, processes_of
 
 pytestmark = pytest.mark.distributed
 ENTRY = """
@@ -193,6 +195,24 @@ def test_isoflop_stop_and_a_second_supervisor_find_the_first(
     with pytest.raises(SystemExit):
         dispatch(["stop", str(run)])
     assert "none of its ranks is at work" in capfd.readouterr().err
+
+
+def test_ranks_that_only_other_hosts_have_are_asked_by_a_file(run: Path) -> None:
+    """A supervisor that was killed left its pdsh behind, which must not be signalled."""
+    pdsh = run.parent / "pdsh"
+    shutil.copy(str(shutil.which("sleep")), pdsh)
+    run.mkdir()
+    process = subprocess.Popen([str(pdsh), "60"], env=mark(run))
+
+    def leave() -> None:
+        wait_for(run / "STOP")
+        process.kill()  # its ranks have left
+
+    ranks = threading.Thread(target=leave)
+    ranks.start()
+    assert Stop(run).wait(20) == 0
+    ranks.join()
+    assert process.wait() == -signal.SIGKILL
 
 
 def test_a_run_that_was_never_begun_leaves_no_folder(run: Path) -> None:
