@@ -43,7 +43,7 @@ def run_stage(stage: Stage) -> None:
         plan = check_run(stage, argv)
         if main_rank and not plan.folder.is_finished:
             plan.folder.lock()
-            plan.folder.stop_file.unlink(missing_ok=True)  # meant an earlier attempt
+            plan.folder.forget_stop()  # that meant an earlier attempt
         return plan
 
     preflight = Preflight(locked_plan)

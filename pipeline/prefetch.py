@@ -48,10 +48,11 @@ class Prefetched:
             self._next = _Making(self, (step + 1, rank, world_size))
         return share
 
-    def close(self, patience: float = 10.0) -> None:
+    def close(self, patience: float | None = 10.0) -> None:
         """Wait for the thread, if there is one; what it made is dropped.
 
-        No longer than `patience` seconds: it may hang at a slow disk or a broken connection.
+        No longer than `patience` seconds, as it may hang at a slow disk or a broken connection;
+        None waits until it has ended. A share that is asked for later is made as the first was.
         """
         making, self._next = self._next, None
         if making is not None:

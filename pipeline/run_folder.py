@@ -6,6 +6,7 @@ is repeated after a restart appears again with the next `attempt`, and the last 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -279,6 +280,13 @@ class RunFolder:
                 f"run_dir={str(self.path)!r}: {error.strerror}; make room there or give another"
             ) from error
         _HELD_LOCKS.append(handle)
+
+    def forget_stop(self) -> None:
+        """Remove the stop file, if there is one."""
+        # One that another host left may not show here yet: made anew it does, and can be removed.
+        with contextlib.suppress(OSError):
+            self.stop_file.touch()
+        self.stop_file.unlink(missing_ok=True)
 
     def finish(self, step: int, why: str = "") -> None:
         """Mark the run as complete, after `step` steps; `why` where that is before its last."""

@@ -19,6 +19,7 @@ from pipeline.guards.rollback import roll_back
 from pipeline.guards.verdict import judge
 from pipeline.optim.schedule import Schedule
 from pipeline.options import UserError
+from pipeline.prefetch import Prefetched
 from pipeline.run_folder import RunFolder
 from pipeline.run_start import RunStart
 from pipeline.run_state import RunState, Totals
@@ -141,6 +142,15 @@ class Trainer:
     def epochs(self) -> dict[str, float]:
         """How often each source of data has been gone through."""
         return self._source.epochs(self.state.positions.batch(self.step))
+
+    def return_to_start(self) -> dict[str, Any]:
+        """Bring the engine back to step 0; the record of it. A collective."""
+        assert self.start is not None
+        if isinstance(self._source, Prefetched):
+            # While it builds a model at ZeRO-3, DeepSpeed has torch make every thread's tensors on
+            # the GPU and in the model's numbers: a batch made meanwhile would not be one.
+            self._source.close(patience=None)
+        return self.start.return_to(self.engine, self.world)
 
     def record(self) -> dict[str, Any]:
         """What a resume needs beside tensors."""

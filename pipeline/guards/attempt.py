@@ -81,8 +81,8 @@ class Guards:
         # A disk that does not answer is the heartbeat's own matter.
         with suppress(OSError):
             if self._stop is not None and self._folder.stop_file.exists():
+                self._stop()  # whether the file can be removed or not
                 self._folder.stop_file.unlink()
-                self._stop()
 
     def _look_for_launcher(self) -> None:
         if self._is_orphan or not self._launcher.is_gone():

@@ -56,8 +56,7 @@ def roll_back(trainer: Trainer, records: Sequence[StepRecord], reason: str) -> N
     if found is not None:
         record = checkpoint.load(trainer.engine, found, world)
     else:
-        assert start is not None
-        record = start.return_to(trainer.engine, world)
+        record = trainer.return_to_start()
     trainer.state = RunState.of(config, record)
     trainer.state.positions = positions.without(trainer.state.positions.discarded)
     trainer.state.skipped_in_a_row = 0

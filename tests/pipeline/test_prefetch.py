@@ -10,6 +10,7 @@ from pipeline.data.run_order import pretraining_order
 from pipeline.plan import resolve_model
 from pipeline.prefetch import Prefetched
 from pipeline.sources import PretrainingSource
+from pipeline.trainer import Trainer
 from tests.distributed.parity import Case, run_config
 
 
@@ -79,6 +80,31 @@ def test_what_hangs_does_not_keep_a_run_from_ending():
     assert [thread.daemon for thread in left] == [True]
     hung.set()
     left[0].join(10)
+
+
+def test_no_batch_is_made_while_the_run_goes_back_to_its_start():
+    """DeepSpeed's way of building a model would change its tensors."""
+    source, slow = Counting(), threading.Event()
+    make = source.share
+
+    def slowly(step, rank, world_size):
+        if step:
+            slow.wait(0.3)
+        return make(step, rank, world_size)
+
+    def return_to(*_):
+        assert source.asked == [(0, True), (1, False)]
+        return {"step": 0}
+
+    source.share = slowly
+    prefetched = Prefetched(source, 3, pinned=False)
+    prefetched.share(0, 0, 1)
+    start = SimpleNamespace(return_to=return_to)
+    trainer = SimpleNamespace(_source=prefetched, start=start, engine=None, world=None)
+    assert Trainer.return_to_start(trainer) == {"step": 0}
+    assert prefetched.share(1, 0, 1).step == 1
+    assert source.asked[2] == (1, True)
+    prefetched.close()
 
 
 def test_gradients_and_random_numbers_of_the_main_thread_are_left_alone():

@@ -137,6 +137,15 @@ def test_any_record_of_steps_tells_that_checkpoints_are_lost(left: str, tmp_path
     folder.refuse_lost_checkpoints(SETTINGS)
 
 
+def test_a_stop_that_meant_an_earlier_attempt_is_forgotten(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.forget_stop()
+    assert not folder.stop_file.exists()
+    folder.stop_file.touch()
+    folder.forget_stop()
+    assert not folder.stop_file.exists()
+
+
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot be written .*; make room there"):
         RunFolder(tmp_path / "gone").append("metrics.jsonl", {"step": 1})

@@ -15,7 +15,7 @@ from pipeline.guards.lookout import Lookout
 def hearts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Heart]:
     """Five ranks, more than read for themselves, whose turns come quickly."""
     monkeypatch.setattr(lookout, "RANKS_A_SECOND", 4)
-    monkeypatch.setattr(lookout, "DISK", 0.2)
+    monkeypatch.setattr(lookout, "DISK", 1.0)  # of which a rank waits a half for those before it
     monkeypatch.setattr(lookout, "TURN", 0.01)
     hearts = [Heart(rank, 5) for rank in range(5)]
     for heart in hearts:
