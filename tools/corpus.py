@@ -123,6 +123,7 @@ def find_inputs(
     """
     found: dict[_Identity, Path] = {}
     names: defaultdict[_Identity, set[Path]] = defaultdict(set)
+    identities: dict[Path, _Identity] = {}
     out = None if exclude is None else exclude.resolve()
     for pattern in patterns:
         # What is there by that very name is meant, whatever signs it holds.
@@ -139,8 +140,11 @@ def find_inputs(
             if not match.name.endswith(SUFFIXES) or match.is_dir():
                 continue
             identity = _identity(match, field)
-            if out is not None and match.resolve().is_relative_to(out):
+            real = match.resolve()
+            if out is not None and real.is_relative_to(out):
                 continue
+            # Under one name it is one file, even where the file system numbers it anew.
+            identity = identities.setdefault(real, identity)
             # A link keeps its own name, which tells suffix and source: Hugging Face's cache
             # links to blobs that have neither.
             name = match.parent.resolve() / match.name

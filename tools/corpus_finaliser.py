@@ -52,7 +52,7 @@ def finalise(
     Raises:
         UserError: a larger share of the rows than `max_reject_rate` was unusable.
     """
-    records = [Record.read(record_path(output, task.id)) for task in tasks]
+    records = [Record.load(record_path(output, task.id)) for task in tasks]
     # First: whoever is told of too many wants to see them.
     _join_rejects(output, records)
     check_rejects(output, records, max_reject_rate)

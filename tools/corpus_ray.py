@@ -125,7 +125,9 @@ def run_on_ray(step: TaskStep, workers: int, address: str, watch: Callable[[], N
         stop.set()
         watcher.join()
         ray.shutdown()
-    if executor.lost is not None and not step.is_told():
+    if executor.lost is None:
+        step.wait_until_told()
+    elif not step.is_told():
         raise _lost(executor.lost)
 
 

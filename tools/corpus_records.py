@@ -64,7 +64,7 @@ class Record:
         )
 
     @staticmethod
-    def read(path: Path) -> Record:
+    def load(path: Path) -> Record:
         """The record in file `path`. Raises ValueError when it is damaged, OSError when absent."""
         told = json.loads(path.read_bytes())
         try:
@@ -165,7 +165,7 @@ def read_left(output: Path, record: Record, path: Path) -> bytes:
 def read_done(output: Path, task: int) -> Record | None:
     """The record of a task that is done, all its files being there; None if it has to run."""
     try:
-        record = Record.read(record_path(output, task))
+        record = Record.load(record_path(output, task))
         for name, digest in record.files.items():
             if file_digest(output / "tasks" / name) != digest:
                 return None

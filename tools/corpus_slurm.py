@@ -30,7 +30,6 @@ JOB_NAME = "isoflop-tokenize"
 _ARRAY_SIZE = 1000  # Slurm's own limit is 1001 unless its MaxArraySize says otherwise
 _JOBS_EACH = 8  # jobs for each worker: few starts of Python, and no worker waits long at the end
 _POLL_SECONDS = 2.0
-_GRACE_SECONDS = 30.0  # in which a shared file system shows what a node wrote
 _DEFAULTS = {"time": "24:00:00", "mem-per-cpu": "2G", "cpus-per-task": "1"}
 
 
@@ -116,9 +115,7 @@ def run_on_slurm(
     if detach:
         raise Detached(f"Slurm job {', '.join(ids.found)} runs; the same command goes on after it")
     _wait(ids.found, watch)
-    deadline = time.monotonic() + _GRACE_SECONDS
-    while not step.is_told() and time.monotonic() < deadline:
-        time.sleep(_POLL_SECONDS)
+    step.wait_until_told()
 
 
 def settle_on_slurm(output: Path, detach: bool) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
@@ -32,6 +33,9 @@ from tools.corpus_records import (
     running_path,
     unwritable,
 )
+
+GRACE_SECONDS = 40.0  # in which a shared file system shows what a node wrote (NFS: 30)
+_LOOK_SECONDS = 1.0
 
 Work = Callable[..., object]
 Mark = Callable[[Path, int], Path]
@@ -118,6 +122,12 @@ class TaskStep(PipelineStep):
             self.mark(self.output, task.id).exists() or failed_path(self.output, task.id).exists()
             for task in self.tasks
         )
+
+    def wait_until_told(self) -> None:
+        """When all have ended on other nodes: until this one sees it, but not for ever."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        while not self.is_told() and time.monotonic() < deadline:
+            time.sleep(_LOOK_SECONDS)
 
 
 @lru_cache(maxsize=1)

@@ -23,7 +23,9 @@ from tools.corpus import InputFile
 from tools.corpus_plan import Task
 from tools.corpus_records import Record, reading_marks, record_path, stamp
 
-_SECOND = 10**9
+# Nanoseconds that the times of file systems are whole multiples of: SMB's of 100, others' of
+# microseconds, milliseconds, hundredths of a second, or seconds.
+_TIME_UNITS = (1, 100, 10**3, 10**6, 10**7, 10**9)
 _PIECE = 1 << 20
 
 
@@ -83,15 +85,15 @@ def _changed(file: InputFile) -> int:
 
 
 def _is_same_time(noted: int, changed: int) -> bool:
-    # Where the output lies, whole seconds may be all that is kept.
-    return noted == changed or (noted % _SECOND == 0 and noted == changed // _SECOND * _SECOND)
+    # Where the output lies, less of a time may be kept than where the inputs do.
+    return any(noted == changed // unit * unit for unit in _TIME_UNITS)
 
 
 def _told(mark: Path) -> str | None:
     """The checksum in a mark; None where it is damaged, so that its task runs again."""
     try:
         if mark.suffix == ".json":
-            return Record.read(mark).read
+            return Record.load(mark).read
         return str(json.loads(mark.read_bytes())["read"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -76,6 +76,14 @@ class Tokenizer:
             raise UserError(
                 f"tokenizer={str(path)!r}: holds no pieces; make one with isoflop tokenizer train"
             )
+        try:
+            self._processor.id_to_piece(list(range(self.vocab_size)))
+        except UnicodeDecodeError as error:
+            # SentencePiece itself does not look.
+            raise UserError(
+                f"tokenizer={str(path)!r}: is damaged (a piece is no UTF-8: {error.object!r}); "
+                "fetch it again, or make one with isoflop tokenizer train"
+            ) from None
         self.eod = self._special(EOD, self._processor.eos_id())
         self.pad = self._special(PAD, self._processor.unk_id())
         bos = self._processor.bos_id()

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.distributed]
 LARGE = {"task_bytes": 1_200_000, "shard_bytes": 300_000}  # a task is at work long enough to be hit
 KILLS = {"ray": 5, "slurm": 4}
 # What is lost is told soon; on a network's file system it may only not be seen yet.
-_SOON = "import tools.corpus_slurm as s; s._GRACE_SECONDS = 1; from tools.cli import main; main()"
+_SOON = "import tools.corpus_step as s; s.GRACE_SECONDS = 1; from tools.cli import main; main()"
 # Killed when the jobs are handed in, and not yet noted.
 _UNNOTED = """
 import os, signal, tools.corpus_slurm as slurm

@@ -139,7 +139,7 @@ class Kinds:
         self.manifest_bytes = (shards / FILE_NAME).read_bytes()
         self.plan_bytes = plan_path(shards).read_bytes()
         self.record_bytes = (shards / "tasks/000000.json").read_bytes()
-        self.record = Record.read(shards / "tasks/000000.json")
+        self.record = Record.load(shards / "tasks/000000.json")
         self.checks: dict[str, tuple[bytes, Callable[[bytes], Outcome]]] = {
             "jsonl": (self.jsonl, lambda data: self._rows(data, "")),
             "zst": (self.zst, lambda data: self._rows(data, ".zst")),
@@ -208,7 +208,7 @@ class Kinds:
         path = self.folder / "record.json"
         path.write_bytes(data)
         try:
-            assert dataclasses.asdict(Record.read(path)) == dataclasses.asdict(self.record)
+            assert dataclasses.asdict(Record.load(path)) == dataclasses.asdict(self.record)
         except ValueError:
             return "refused"
         return "read"

@@ -373,6 +373,16 @@ def test_a_file_of_two_hard_links_or_two_globs_counts_once(tmp_path):
     assert f"first {tmp_path}/mirror/a.jsonl (the same file as" in str(told_once(found))
 
 
+def test_a_file_that_is_numbered_anew_counts_once(tmp_path, monkeypatch):
+    from tools import corpus
+
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    numbers = iter(range(9))
+    monkeypatch.setattr(corpus, "_identity", lambda path, field: (0, next(numbers), 3, 0))
+    found = find_inputs([str(tmp_path), f"{tmp_path}/*.jsonl"])
+    assert [file.name for file in found] == ["a.jsonl"]
+
+
 def test_what_looks_like_a_copy_is_told(tmp_path):
     row = b'{"text": "a text"}\n'
     contents = {"a.jsonl": row, "b.jsonl": row, "c.jsonl": row * 2, "d.jsonl": b"", "e.jsonl": b""}

@@ -90,3 +90,12 @@ def test_what_is_no_model_is_refused(tmp_path):
     (tmp_path / "empty.model").touch()
     with pytest.raises(UserError, match="holds no pieces"):
         load(tmp_path / "empty.model")
+
+
+def test_a_model_with_a_damaged_piece_is_refused(model, tmp_path):
+    tokenizer = load(model)
+    piece = next(piece for piece in tokenizer.describe().pieces if len(piece) > 3).encode()
+    damaged = b"\xff" + piece[1:]
+    (tmp_path / "damaged.model").write_bytes(tokenizer.model.replace(piece, damaged))
+    with pytest.raises(UserError, match="a piece is no UTF-8"):
+        load(tmp_path / "damaged.model")

@@ -46,7 +46,7 @@ def stored_ids(folder: Path, split: str, source: str, task: int) -> np.ndarray:
 def recovered(folder: Path, split: str, source: str) -> list[str]:
     """The documents of a source, from the shards and the lengths of the tails alone."""
     tokenizer = load(folder / "tokenizer.model")
-    records = [Record.read(path) for path in sorted(folder.glob("tasks/0*.json"))]
+    records = [Record.load(path) for path in sorted(folder.glob("tasks/0*.json"))]
     joined = stored_ids(folder, split, source, len(records))
     position = 0
     documents = []

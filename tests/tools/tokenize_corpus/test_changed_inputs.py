@@ -167,3 +167,17 @@ def test_a_finished_output_that_cannot_be_written_is_proved_all_the_same(
     monkeypatch.setattr(os, "utime", refuse)
     run(inputs, model, out, **LARGE)
     assert "read again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("unit", [100, 1_000, 10_000_000, 1_000_000_000])
+def test_an_output_that_keeps_less_of_a_time_costs_no_other_look(
+    model, inputs, tmp_path, monkeypatch, unit, capsys
+):
+    stamped = os.utime
+
+    def kept(path, *, ns):
+        stamped(path, ns=tuple(time // unit * unit for time in ns))
+
+    monkeypatch.setattr(os, "utime", kept)
+    run(inputs, model, run(inputs, model, tmp_path / "out", **LARGE), **LARGE)
+    assert "read again" not in capsys.readouterr().err

@@ -93,6 +93,20 @@ def running_path_of(output, task):
     return running_path(output, task)
 
 
+def test_what_a_node_wrote_last_is_waited_for(tmp_path, monkeypatch):
+    from tools import corpus_step
+
+    step = prepared(tmp_path, 2)
+    later = iter([record_path(tmp_path, 0), failed_path(tmp_path, 1)])
+    monkeypatch.setattr(corpus_step.time, "sleep", lambda seconds: next(later).touch())
+    step.wait_until_told()
+    assert step.is_told()
+    failed_path(tmp_path, 1).unlink()
+    monkeypatch.setattr(corpus_step, "GRACE_SECONDS", 0.0)
+    step.wait_until_told()
+    assert not step.is_told()
+
+
 def test_a_job_that_begins_anew_leaves_alone_what_it_has_done(tmp_path):
     step = prepared(tmp_path, 2, told)
     record_path(tmp_path, 0).write_text("done")
