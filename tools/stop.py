@@ -83,6 +83,15 @@ def _ask_elsewhere(run: RunFolder, seconds: float) -> None:
 
 def _at_work(run: RunFolder) -> list[Beat]:
     """The ranks of other hosts that beat a moment ago and have not said good-bye."""
+    found = _beating(run)
+    if not found:
+        # A beat that its host replaces at this moment may not be read over a network.
+        time.sleep(0.2)
+        found = _beating(run)
+    return found
+
+
+def _beating(run: RunFolder) -> list[Beat]:
     beats, now = newest_launch(read_beats(run.heartbeats)), time.time()
     return [
         beat

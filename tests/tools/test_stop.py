@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.guards.heartbeat import Heart, beat_file
+from pipeline.guards.heartbeat import Beat, Heart, beat_file, read_beats
+from tools import stop
 from tools.cli import dispatch
 
 
@@ -50,6 +51,21 @@ def test_what_does_not_leave_is_named(tmp_path: Path, capsys: pytest.CaptureFixt
     assert ended.value.code == 1
     assert "is still at work on n1" in capsys.readouterr().err
     assert (tmp_path / "STOP").exists()
+
+
+def test_a_beat_that_cannot_be_read_once_is_no_good_bye(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where its host replaces it over a network's file system."""
+    beat(tmp_path)
+    looks = iter([False, True, True, False, True, False, False])
+
+    def read(folder: Path) -> list[Beat]:
+        return read_beats(folder) if next(looks) else []
+
+    monkeypatch.setattr(stop, "read_beats", read)
+    dispatch(["stop", str(tmp_path)])
+    assert list(looks) == []
 
 
 @pytest.mark.parametrize(("age", "phase"), [(40.0, "data"), (0.0, "ended")])
