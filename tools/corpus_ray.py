@@ -10,10 +10,11 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,13 @@ class _TaskExecutor(RayPipelineExecutor):
         import ray
 
         memory = int(self.mem_per_cpu_gb * self.cpus_per_task * (1 << 30))
+        if not has_room(ray.nodes(), {"CPU": self.cpus_per_task, "memory": memory}):
+            # Ray itself would wait without a word; and a cluster may grow.
+            print(
+                f"tokenize: no node of the Ray cluster has {self.cpus_per_task} CPU and "
+                f"{memory / 1e9:.2f} GB of memory, as each task wants: waits for one",
+                file=sys.stderr,
+            )
         options = {"num_cpus": self.cpus_per_task, "memory": memory, "max_retries": _RETRIES}
         run_rank = ray.remote(**options)(_run_rank)
         itself = ray.put(self)
@@ -63,6 +71,12 @@ class _TaskExecutor(RayPipelineExecutor):
                 except ray.exceptions.RayError as error:
                     told = str(error).strip().splitlines() or [type(error).__name__]
                     self.lost = self.lost or told[-1][:300]
+
+
+def has_room(nodes: Iterable[Mapping[str, Any]], asked: Mapping[str, float]) -> bool:
+    """Whether one of `ray.nodes()` is large enough for a task, were it idle."""
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    return any(all(has.get(name, 0) >= asked[name] for name in asked) for has in alive)
 
 
 def _run_rank(executor: RayPipelineExecutor, rank: int) -> None:

@@ -93,6 +93,17 @@ def running_path_of(output, task):
     return running_path(output, task)
 
 
+def test_a_ray_cluster_too_small_for_any_task_is_noticed():
+    from tools.corpus_ray import has_room
+
+    asked = {"CPU": 1, "memory": 1 << 30}
+    small = {"Alive": True, "Resources": {"CPU": 4.0, "memory": 9e8}}
+    head = {"Alive": True, "Resources": {"memory": 9e9}}
+    gone = {"Alive": False, "Resources": {"CPU": 4.0, "memory": 9e9}}
+    assert not has_room([small, head, gone], asked)
+    assert has_room([small, gone | {"Alive": True}], asked)
+
+
 def test_what_a_node_wrote_last_is_waited_for(tmp_path, monkeypatch):
     from tools import corpus_step
 
