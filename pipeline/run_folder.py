@@ -207,15 +207,18 @@ class RunFolder:
             log_spaced=asked.get("log_spaced_checkpoints", 0),
         )
         # One that is due in a row of skipped steps is made after it.
-        applied = (
+        applied = [
             step
             for _, step, _, line in made
             if not line.get("skipped") and line.get("event") != "skipped"
-        )
+        ]
         passed = range(1, min(reached, max(applied, default=0)) + 1)
         due = next((step for step in passed if retention.is_due(step)), None)
+        if due is None:
+            return
+        saved_at = min(step for step in applied if step >= due)
         # A run makes checkpoints/ as it starts; a kill may come between a step's line and its save.
-        if due is not None and (reached > due or not self.checkpoints.exists()):
+        if reached > saved_at or not self.checkpoints.exists():
             raise UserError(
                 f"checkpoints={str(self.checkpoints)!r}: {file} goes to step {reached}, a "
                 f"checkpoint was due at step {due} and none is there; restore checkpoints/ and "

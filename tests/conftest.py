@@ -33,7 +33,7 @@ def pytest_configure() -> None:
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """A whole run takes two cores, unless files, -n or --pdb ask for something else."""
     is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    is_free = config.option.numprocesses is None and not config.option.usepdb
+    is_free = config.getoption("numprocesses", 0) is None and not config.option.usepdb
     if is_whole and is_free and "PYTEST_XDIST_WORKER" not in os.environ:
         config.option.numprocesses, config.option.dist = 2, "loadfile"
 

@@ -137,6 +137,17 @@ def test_any_record_of_steps_tells_that_checkpoints_are_lost(left: str, tmp_path
     folder.refuse_lost_checkpoints(SETTINGS)
 
 
+def test_a_save_that_skipped_steps_put_off_is_not_missed_before_its_time(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    for step, skipped in ((3, False), (4, True), (5, False)):
+        folder.append("metrics.jsonl", {"step": step, "attempt": 1, "skipped": skipped})
+        folder.refuse_lost_checkpoints(SETTINGS)
+    folder.append("metrics.jsonl", {"step": 6, "attempt": 1, "skipped": False})
+    with pytest.raises(UserError, match="a checkpoint was due at step 4"):
+        folder.refuse_lost_checkpoints(SETTINGS)
+
+
 def test_a_stop_that_meant_an_earlier_attempt_is_forgotten(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.forget_stop()
