@@ -232,9 +232,10 @@ class Heart:
         if self._stopped.is_set():
             return
         self._stopped.set()
-        now = self._now
-        self._now = now._replace(phase=FAILED if error else ENDED)
-        self.write(error)
+        with self._writing:
+            now = self._now
+            self._now = now._replace(phase=FAILED if error else ENDED)
+            self._put(error)
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join(5)
@@ -260,22 +261,26 @@ class Heart:
             is_first_step=self.is_first_step,
         )
 
-    def write(self, error: str = "") -> None:
-        """Write the beat whole; no reader sees half of it."""
+    def write(self) -> None:
+        """Write the beat whole; no reader sees half of it. Nothing follows a good-bye."""
+        with self._writing:
+            if not self._stopped.is_set():
+                self._put()
+
+    def _put(self, error: str = "") -> None:
         if self.folder is None:
             return
         target = beat_file(self.folder, self.rank)
         partial = target.with_name(f".{target.name}.partial")
-        with self._writing:
-            try:
-                # Not brought to disk: who reads it reads it now.
-                partial.write_text(json.dumps(dataclasses.asdict(self.current(error))) + "\n")
-                os.replace(partial, target)
-                self.is_heard = True
-            except OSError:
-                # A full disk must not end a run that trains. Whoever reads sees an old beat, and
-                # the next one comes in a second.
-                self.is_heard = False
+        try:
+            # Not brought to disk: who reads it reads it now.
+            partial.write_text(json.dumps(dataclasses.asdict(self.current(error))) + "\n")
+            os.replace(partial, target)
+            self.is_heard = True
+        except OSError:
+            # A full disk must not end a run that trains. Whoever reads sees an old beat, and the
+            # next one comes in a second.
+            self.is_heard = False
 
     def _write_on(self) -> None:
         while not self._stopped.wait(self.interval):

@@ -58,6 +58,7 @@ def test_the_thread_goes_on_writing_and_good_bye_is_last(tmp_path: Path) -> None
     assert looked
     heart.close("it broke")
     heart.close()
+    heart.write()  # by a thread that was about to, as the good-bye was said
     (beat,) = read_beats(tmp_path)
     assert (beat.phase, beat.error) == ("failed", "it broke")
 
